@@ -1,0 +1,171 @@
+"""
+The networks: a noise predictor that knows features, noisy samples and diffusion steps, and a batched ensemble of critics.
+
+Both compute what the features contribute to their first layer once per observation (``encode``) and share it among
+all particles, candidates and denoising steps; the result is that of one linear layer on the concatenated input.
+"""
+
+import math
+
+import torch as th
+from stable_baselines3.common.torch_layers import create_mlp
+from torch import nn
+from torch.nn import functional as F
+
+#: Width of the embedding of the diffusion step, as in official SDAC
+TIME_DIM = 16
+
+
+def lecun_normal_(weight: th.Tensor, fan_in: int) -> None:
+    """
+    Truncated normal of standard deviation 1 / sqrt(fan_in), cut at two of them (Haiku's default for linear layers).
+
+    :param weight: tensor to fill in place
+    :param fan_in: number of inputs of the layer
+    """
+    std = 1 / math.sqrt(fan_in)
+    nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+
+
+def sinusoidal_embedding(n_diffusion_steps: int, dim: int = TIME_DIM, theta: float = 1e4) -> th.Tensor:
+    """
+    Sines and cosines of the integer diffusion step at geometrically spaced frequencies, divided by sqrt(dim).
+
+    The embedding of "Attention is all you need", section 3.5, with the scale of official SDAC.
+
+    :param n_diffusion_steps: T
+    :param dim: width, even
+    :param theta: ratio between the highest and, asymptotically, the lowest frequency
+    :return: shape (T, dim)
+    """
+    frequencies = theta ** (-th.arange(0, dim, 2, dtype=th.float64) / dim)
+    angles = th.outer(th.arange(n_diffusion_steps, dtype=th.float64), frequencies)
+    return (th.cat([angles.sin(), angles.cos()], dim=-1) / math.sqrt(dim)).float()
+
+
+class NoisePredictor(nn.Module):
+    """
+    eps_theta(features, x_t, t): an MLP on the concatenation of features, noisy sample and embedded diffusion step.
+
+    :param features_dim: width of the features
+    :param x_dim: A, dimension of the samples
+    :param n_diffusion_steps: T
+    :param net_arch: widths of the hidden layers
+    :param activation_fn: activation function
+    """
+
+    time_table: th.Tensor
+
+    def __init__(
+        self, features_dim: int, x_dim: int, n_diffusion_steps: int, net_arch: list[int], activation_fn: type[nn.Module]
+    ):
+        super().__init__()
+        self.register_buffer("time_table", sinusoidal_embedding(n_diffusion_steps), persistent=False)
+        self.time_mlp = nn.Sequential(*create_mlp(TIME_DIM, TIME_DIM, [2 * TIME_DIM], activation_fn))
+        self.first, *rest = create_mlp(features_dim + x_dim + TIME_DIM, x_dim, net_arch, activation_fn)
+        self.rest = nn.Sequential(*rest)
+        self._splits = [features_dim, x_dim, TIME_DIM]
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                lecun_normal_(module.weight, module.in_features)
+                nn.init.zeros_(module.bias)
+
+    def encode(self, features: th.Tensor) -> th.Tensor:
+        """
+        What the features contribute to the first layer, bias included.
+
+        :param features: shape (..., F)
+        :return: shape (..., H)
+        """
+        return F.linear(features, self.first.weight[:, : self._splits[0]], self.first.bias)
+
+    def encode_time(self) -> th.Tensor:
+        """
+        What each diffusion step contributes to the first layer.
+
+        :return: shape (T, H)
+        """
+        return F.linear(self.time_mlp(self.time_table), self.first.weight[:, -self._splits[2] :])
+
+    def forward(self, encoded: th.Tensor, x_t: th.Tensor, encoded_t: th.Tensor) -> th.Tensor:
+        """
+        Predict the noise in ``x_t``.
+
+        :param encoded: from :meth:`encode`, shape (B, H), or (B, 1, H) to share it among N particles
+        :param x_t: noisy samples, shape (B, A) or (B, N, A)
+        :param encoded_t: rows of :meth:`encode_time`, broadcastable to the first layer
+        :return: shape of x_t
+        """
+        x_weight = self.first.weight[:, self._splits[0] : -self._splits[2]]
+        return self.rest(F.linear(x_t, x_weight) + (encoded + encoded_t))
+
+
+class EnsembleLinear(nn.Module):
+    """
+    Linear layers side by side, one per member, as one batched matrix product.
+
+    :param n_members: C
+    :param in_features: inputs of each
+    :param out_features: outputs of each
+    """
+
+    def __init__(self, n_members: int, in_features: int, out_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(th.empty(n_members, in_features, out_features))
+        self.bias = nn.Parameter(th.zeros(n_members, 1, out_features))
+        lecun_normal_(self.weight, in_features)
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        """
+        :param x: shape (C, M, in)
+        :return: shape (C, M, out)
+        """
+        return th.baddbmm(self.bias, x, self.weight)
+
+
+class CriticEnsemble(nn.Module):
+    """
+    Q_1 .. Q_C (features, action): MLPs on the concatenation of features and action, evaluated together.
+
+    :param n_critics: C
+    :param features_dim: width of the features
+    :param action_dim: A
+    :param net_arch: widths of the hidden layers
+    :param activation_fn: activation function
+    """
+
+    def __init__(
+        self, n_critics: int, features_dim: int, action_dim: int, net_arch: list[int], activation_fn: type[nn.Module]
+    ):
+        super().__init__()
+        widths = [features_dim + action_dim, *net_arch, 1]
+        layers: list[nn.Module] = []
+        for in_features, out_features in zip(widths[:-1], widths[1:], strict=True):
+            layers += [EnsembleLinear(n_critics, in_features, out_features), activation_fn()]
+        self.first = layers[0]
+        self.rest = nn.Sequential(*layers[1:-1])  # no activation after the last layer
+        self.features_dim = features_dim
+
+    def encode(self, features: th.Tensor) -> th.Tensor:
+        """
+        What the features contribute to the first layer, bias included.
+
+        :param features: shape (B, F)
+        :return: shape (C, B, H)
+        """
+        return features @ self.first.weight[:, : self.features_dim] + self.first.bias
+
+    def forward(self, encoded: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        """
+        Values of one or of N actions per observation.
+
+        :param encoded: from :meth:`encode`, shape (C, B, H)
+        :param actions: shape (B, A) or (B, N, A)
+        :return: shape (C, B) or (C, B, N)
+        """
+        n_critics, batch_size, width = encoded.shape
+        # (B, N, A) -> (B * N, A) @ (C, A, H) -> (C, B * N, H) -> (C, B, N, H), plus (C, B, 1, H)
+        hidden = actions.flatten(end_dim=-2) @ self.first.weight[:, self.features_dim :]
+        hidden = hidden.view(n_critics, batch_size, -1, width) + encoded.unsqueeze(2)
+        # (C, B, N, H) -> (C, B * N, H) -> (C, B * N, 1) -> (C, B) or (C, B, N)
+        return self.rest(hidden.flatten(1, 2)).view(n_critics, *actions.shape[:-1])

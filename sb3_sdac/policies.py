@@ -1,0 +1,502 @@
+"""
+The policy: samples of a diffusion become actions.
+
+Here live the box, best of N, exploration noise and the meaning of ``deterministic``. Letters: B batch, N particles, A action
+dimension, C critics, H width of a network's first layer. Actions are scaled to [-1, 1] throughout, as in SB3's replay buffer.
+"""
+
+import inspect
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.policies import BaseModel, BasePolicy
+from stable_baselines3.common.preprocessing import get_action_dim
+from stable_baselines3.common.torch_layers import (
+    BaseFeaturesExtractor,
+    CombinedExtractor,
+    FlattenExtractor,
+    NatureCNN,
+    get_actor_critic_arch,
+)
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from torch import nn
+
+from sb3_sdac.diffusion import BETA_SCHEDULES, GaussianDiffusion
+from sb3_sdac.networks import CriticEnsemble, NoisePredictor
+
+
+def _constructor_parameters(model: BaseModel, cls: type[BaseModel]) -> dict[str, Any]:
+    """
+    The value of every constructor argument, so that a saved policy can never silently lose one.
+
+    :param model: keeps each argument of its constructor as an attribute of the same name
+    :param cls: the class whose constructor is meant
+    :return: arguments to build the model again
+    """
+    names = [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "lr_schedule")]
+    return {name: getattr(model, name) for name in names}
+
+
+class Actor(BasePolicy):
+    """
+    Features extractor, noise predictor and the diffusion that turns its predictions into actions.
+
+    Used alone it acts without critics, on a single particle. See :class:`DiffusionPolicy` for the arguments not listed.
+
+    :param features_extractor: network that extracts features
+    :param features_dim: width of the features
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        net_arch: list[int],
+        features_extractor: BaseFeaturesExtractor,
+        features_dim: int,
+        activation_fn: type[nn.Module] = nn.Mish,
+        normalize_images: bool = True,
+        n_diffusion_steps: int = 20,
+        n_sampling_steps: int = 5,
+        eta: float = 0.0,
+        init_noise_scale: float = 0.5,
+        beta_schedule: str = "linear",
+        n_particles: int = 1,
+    ):
+        super().__init__(
+            observation_space,
+            action_space,
+            features_extractor=features_extractor,
+            normalize_images=normalize_images,
+            squash_output=True,
+        )
+        self.net_arch = net_arch
+        self.features_dim = features_dim
+        self.activation_fn = activation_fn
+        self.n_diffusion_steps = n_diffusion_steps
+        self.n_sampling_steps = n_sampling_steps
+        self.eta = eta
+        self.init_noise_scale = init_noise_scale
+        self.beta_schedule = beta_schedule
+        self.n_particles = n_particles
+
+        self.action_dim = get_action_dim(action_space)
+        self.diffusion = GaussianDiffusion(BETA_SCHEDULES[beta_schedule](n_diffusion_steps), n_sampling_steps, eta)
+        self.noise_predictor = NoisePredictor(features_dim, self.action_dim, n_diffusion_steps, net_arch, activation_fn)
+        self._register_fixed_noise()
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return _constructor_parameters(self, Actor)
+
+    fixed_x_T: th.Tensor
+    fixed_step_noise: th.Tensor
+
+    def _register_fixed_noise(self) -> None:
+        """
+        The noise of ``deterministic=True``: the same for every observation, so that the action depends on nothing else.
+
+        The first particle starts from the most likely x_T, zero. Drawn by NumPy's legacy generator, whose stream is
+        frozen for good, hence not part of the ``state_dict`` and free to change with the number of particles.
+        """
+        random_state = np.random.RandomState(0)
+        x_T = self.init_noise_scale * random_state.standard_normal((1, self.n_particles, self.action_dim))
+        x_T[:, 0] = 0
+        step_noise = random_state.standard_normal((self.n_sampling_steps, 1, self.n_particles, self.action_dim))
+        self.register_buffer("fixed_x_T", th.as_tensor(x_T, dtype=th.float32), persistent=False)
+        self.register_buffer("fixed_step_noise", th.as_tensor(step_noise, dtype=th.float32), persistent=False)
+
+    def encode(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        Extract the features and compute their share of the noise predictor's first layer.
+
+        :param obs: observations
+        :return: shape (B, H)
+        """
+        return self.noise_predictor.encode(self.extract_features(obs, self.features_extractor))
+
+    def predict_noise(self, encoded: th.Tensor, noisy_actions: th.Tensor, diffusion_steps: th.Tensor) -> th.Tensor:
+        """
+        eps_theta(s, x_t, t)
+
+        :param encoded: from :meth:`encode`, shape (B, H)
+        :param noisy_actions: x_t, shape (B, A)
+        :param diffusion_steps: t, int64, shape (B, 1)
+        :return: shape (B, A)
+        """
+        # (T, H)[(B,)] -> (B, H)
+        return self.noise_predictor(encoded, noisy_actions, self.noise_predictor.encode_time()[diffusion_steps.squeeze(-1)])
+
+    def sample(self, encoded: th.Tensor, x_T: th.Tensor, step_noise: th.Tensor | None) -> th.Tensor:
+        """
+        Reverse diffusion for N particles per observation.
+
+        :param encoded: from :meth:`encode`, shape (B, H)
+        :param x_T: where to start, shape (B, N, A), or (1, N, A) for the same start everywhere
+        :param step_noise: noise of the steps, shape (n_sampling_steps, B, N, A) or (n_sampling_steps, 1, N, A), or None
+        :return: actions in [-1, 1], shape (B, N, A)
+        """
+        shared = encoded.unsqueeze(1)  # (B, H) -> (B, 1, H), to broadcast over N
+        encoded_t = self.noise_predictor.encode_time()  # (T, H)
+        x_T = x_T.expand(encoded.shape[0], -1, -1)
+        return self.diffusion.sample(lambda x_t, t: self.noise_predictor(shared, x_t, encoded_t[t]), x_T, step_noise)
+
+    def draw_noise(self, batch_size: int, n_particles: int) -> tuple[th.Tensor, th.Tensor | None]:
+        """
+        Random numbers for :meth:`sample`.
+
+        :param batch_size: B
+        :param n_particles: N
+        :return: x_T, shape (B, N, A), and the noise of the steps, shape (n_sampling_steps, B, N, A), or None if they add none
+        """
+        shape = (batch_size, n_particles, self.action_dim)
+        x_T = self.init_noise_scale * th.randn(shape, device=self.device)
+        step_noise = th.randn((self.n_sampling_steps, *shape), device=self.device) if self.eta > 0 else None
+        return x_T, step_noise
+
+    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        """
+        One particle per observation, without the critics' choice among several and without exploration noise.
+
+        :param obs: observations
+        :param deterministic: start from the fixed noise instead of drawing it
+        :return: actions in [-1, 1], shape (B, A)
+        """
+        encoded = self.encode(obs)
+        if deterministic:
+            x_T, step_noise = self.fixed_x_T[:, :1], self.fixed_step_noise[:, :, :1]
+        else:
+            x_T, step_noise = self.draw_noise(encoded.shape[0], 1)  # type: ignore[assignment]
+        return self.sample(encoded, x_T, step_noise).squeeze(1)
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        return self(observation, deterministic)
+
+
+class Critic(BaseModel):
+    """
+    Features extractor and an ensemble of Q-networks. See :class:`DiffusionPolicy` for the arguments not listed.
+
+    :param features_extractor: network that extracts features
+    :param features_dim: width of the features
+    """
+
+    features_extractor: BaseFeaturesExtractor
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        net_arch: list[int],
+        features_extractor: BaseFeaturesExtractor,
+        features_dim: int,
+        activation_fn: type[nn.Module] = nn.Mish,
+        normalize_images: bool = True,
+        n_critics: int = 2,
+        share_features_extractor: bool = False,
+    ):
+        super().__init__(
+            observation_space, action_space, features_extractor=features_extractor, normalize_images=normalize_images
+        )
+        self.net_arch = net_arch
+        self.features_dim = features_dim
+        self.activation_fn = activation_fn
+        self.n_critics = n_critics
+        self.share_features_extractor = share_features_extractor
+        self.q_networks = CriticEnsemble(n_critics, features_dim, get_action_dim(action_space), net_arch, activation_fn)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return _constructor_parameters(self, Critic)
+
+    def encode(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        Extract the features and compute their share of the critics' first layer.
+
+        :param obs: observations
+        :return: shape (C, B, H)
+        """
+        # A shared extractor learns from the actor's loss only, as in SB3's ContinuousCritic
+        with th.set_grad_enabled(th.is_grad_enabled() and not self.share_features_extractor):
+            features = self.extract_features(obs, self.features_extractor)
+        return self.q_networks.encode(features)
+
+    def q_values(self, encoded: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        """
+        Every critic's value of one or of N actions per observation.
+
+        :param encoded: from :meth:`encode`, shape (C, B, H)
+        :param actions: actions in [-1, 1], shape (B, A) or (B, N, A)
+        :return: shape (C, B) or (C, B, N)
+        """
+        return self.q_networks(encoded, actions)
+
+    def min_q(self, encoded: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        """
+        The least of the critics' values (clipped double Q-learning).
+
+        :param encoded: from :meth:`encode`, shape (C, B, H)
+        :param actions: actions in [-1, 1], shape (B, A) or (B, N, A)
+        :return: shape (B,) or (B, N)
+        """
+        return self.q_values(encoded, actions).amin(dim=0)
+
+    def forward(self, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, ...]:
+        """
+        SB3's interface to a critic.
+
+        :param obs: observations
+        :param actions: actions in [-1, 1], shape (B, A)
+        :return: for each critic its values, shape (B, 1)
+        """
+        return tuple(self.q_values(self.encode(obs), actions).unsqueeze(-1))
+
+
+class DiffusionPolicy(BasePolicy):
+    """
+    Actor, critics, target critics and, on demand, an averaged actor for acting.
+
+    The critics belong to the policy because they take part in acting: of N particles the one with the highest min Q is chosen.
+
+    :param observation_space: observation space
+    :param action_space: a ``Box`` with finite bounds
+    :param lr_schedule: learning rate schedule (its value at the start is used)
+    :param net_arch: widths of the hidden layers, or ``dict(pi=[...], qf=[...])``; default three layers of 256 for both
+    :param activation_fn: activation function
+    :param features_extractor_class: features extractor; ``None`` means the policy's own (flatten, NatureCNN, or combined)
+    :param features_extractor_kwargs: its keyword arguments
+    :param normalize_images: divide images by 255
+    :param optimizer_class: optimizer of the actor and of the critics
+    :param optimizer_kwargs: its keyword arguments besides the learning rate
+    :param n_critics: C, the number of critics
+    :param share_features_extractor: let the critics use the actor's features extractor (which saves computation)
+    :param n_diffusion_steps: T, the number of steps of the diffusion
+    :param n_sampling_steps: denoising steps taken to draw an action, between 1 and T
+    :param eta: 0 for deterministic denoising (DDIM) up to 1 for ancestral sampling (DDPM)
+    :param init_noise_scale: standard deviation of x_T, from which denoising starts
+    :param beta_schedule: ``"linear"``, ``"cosine"`` or ``"vp"``
+    :param n_particles: N, particles among which the critics choose when acting
+    :param exploration_noise: standard deviation of the normal noise added to explore, in units of the half box
+    :param scale_noise_by_ent_coef: multiply ``exploration_noise`` with the entropy coefficient
+    :param average_actor: act with a moving average of the actor
+    """
+
+    default_features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor
+    action_space: spaces.Box
+    actor: Actor
+    actor_target: Actor | None
+    critic: Critic
+    critic_target: Critic
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        lr_schedule: Schedule,
+        net_arch: list[int] | dict[str, list[int]] | None = None,
+        activation_fn: type[nn.Module] = nn.Mish,
+        features_extractor_class: type[BaseFeaturesExtractor] | None = None,
+        features_extractor_kwargs: dict[str, Any] | None = None,
+        normalize_images: bool = True,
+        optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
+        optimizer_kwargs: dict[str, Any] | None = None,
+        n_critics: int = 2,
+        share_features_extractor: bool = False,
+        n_diffusion_steps: int = 20,
+        n_sampling_steps: int = 5,
+        eta: float = 0.0,
+        init_noise_scale: float = 0.5,
+        beta_schedule: str = "linear",
+        n_particles: int = 4,
+        exploration_noise: float = 0.1,
+        scale_noise_by_ent_coef: bool = False,
+        average_actor: bool = False,
+    ):
+        super().__init__(
+            observation_space,
+            action_space,
+            features_extractor_class or self.default_features_extractor_class,
+            features_extractor_kwargs,
+            normalize_images=normalize_images,
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=optimizer_kwargs,
+            squash_output=True,
+        )
+        self.net_arch = [256, 256, 256] if net_arch is None else net_arch
+        self.activation_fn = activation_fn
+        self.n_critics = n_critics
+        self.share_features_extractor = share_features_extractor
+        self.n_diffusion_steps = n_diffusion_steps
+        self.n_sampling_steps = n_sampling_steps
+        self.eta = eta
+        self.init_noise_scale = init_noise_scale
+        self.beta_schedule = beta_schedule
+        self.n_particles = n_particles
+        self.exploration_noise = exploration_noise
+        self.scale_noise_by_ent_coef = scale_noise_by_ent_coef
+        self.average_actor = average_actor
+
+        actor_arch, critic_arch = get_actor_critic_arch(self.net_arch)
+        net_kwargs = {
+            "observation_space": observation_space,
+            "action_space": action_space,
+            "activation_fn": activation_fn,
+            "normalize_images": normalize_images,
+        }
+        self.actor_kwargs = {
+            **net_kwargs,
+            "net_arch": actor_arch,
+            "n_diffusion_steps": n_diffusion_steps,
+            "n_sampling_steps": n_sampling_steps,
+            "eta": eta,
+            "init_noise_scale": init_noise_scale,
+            "beta_schedule": beta_schedule,
+            "n_particles": n_particles,
+        }
+        self.critic_kwargs = {
+            **net_kwargs,
+            "net_arch": critic_arch,
+            "n_critics": n_critics,
+            "share_features_extractor": share_features_extractor,
+        }
+        # The logarithm of the entropy coefficient (alpha or lambda in the paper), kept with the policy since acting may read it.
+        # It is set by the algorithm; no gradient ever reaches it.
+        self.log_ent_coef = nn.Parameter(th.zeros(()), requires_grad=False)
+        self._build(lr_schedule)
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        self.actor = self.make_actor()
+        self.actor.optimizer = self._make_optimizer(list(self.actor.parameters()), lr_schedule)
+        if self.share_features_extractor:
+            self.critic = self.make_critic(self.actor.features_extractor)
+            # The shared extractor is stepped by the actor's optimizer only
+            critic_parameters = [param for name, param in self.critic.named_parameters() if "features_extractor" not in name]
+        else:
+            self.critic = self.make_critic()
+            critic_parameters = list(self.critic.parameters())
+        self.critic.optimizer = self._make_optimizer(critic_parameters, lr_schedule)
+
+        # Targets never share an extractor: it has to lag like the rest. They are always in evaluation mode.
+        self.critic_target = self.make_critic()
+        self.critic_target.load_state_dict(self.critic.state_dict())
+        self.critic_target.set_training_mode(False)
+        self.actor_target = None
+        if self.average_actor:
+            self.actor_target = self.make_actor()
+            self.actor_target.load_state_dict(self.actor.state_dict())
+            self.actor_target.set_training_mode(False)
+
+    def _make_optimizer(self, parameters: list[nn.Parameter], lr_schedule: Schedule) -> th.optim.Optimizer:
+        return self.optimizer_class(parameters, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        # A dummy schedule: the learning rate is not needed to load a policy alone
+        return {**_constructor_parameters(self, DiffusionPolicy), "lr_schedule": self._dummy_schedule}
+
+    def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> Actor:
+        """
+        :param features_extractor: extractor to share, or None for one of its own
+        :return: a new actor
+        """
+        return Actor(**self._update_features_extractor(self.actor_kwargs, features_extractor)).to(self.device)
+
+    def make_critic(self, features_extractor: BaseFeaturesExtractor | None = None) -> Critic:
+        """
+        :param features_extractor: extractor to share, or None for one of its own
+        :return: a new ensemble of critics
+        """
+        return Critic(**self._update_features_extractor(self.critic_kwargs, features_extractor)).to(self.device)
+
+    def best_of(self, encoded_critic: th.Tensor, particles: th.Tensor) -> th.Tensor:
+        """
+        The particle with the highest min Q.
+
+        :param encoded_critic: from the critic's ``encode``, shape (C, B, H)
+        :param particles: actions in [-1, 1], shape (B, N, A)
+        :return: shape (B, A)
+        """
+        if particles.shape[1] == 1:
+            return particles.squeeze(1)
+        best = self.critic.min_q(encoded_critic, particles).argmax(dim=1)  # (B, N) -> (B,)
+        return th.take_along_dim(particles, best.view(-1, 1, 1), dim=1).squeeze(1)  # (B, N, A) -> (B, A)
+
+    def explore(self, actions: th.Tensor) -> th.Tensor:
+        """
+        Add normal noise of standard deviation ``exploration_noise`` (times the entropy coefficient, if it shall scale).
+
+        :param actions: shape (B, A)
+        :return: shape (B, A), not clipped
+        """
+        std: th.Tensor | float = self.exploration_noise
+        if self.scale_noise_by_ent_coef:
+            std = std * self.log_ent_coef.exp()
+        return actions + std * th.randn_like(actions)
+
+    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        return self._predict(obs, deterministic=deterministic)
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        """
+        Best of N particles; without exploration noise and from fixed x_T if ``deterministic``.
+
+        :param observation: observations
+        :param deterministic: make the action a function of the observation alone
+        :return: actions in [-1, 1], shape (B, A)
+        """
+        actor = self.actor if self.actor_target is None else self.actor_target
+        encoded = actor.encode(observation)
+        if deterministic:
+            x_T, step_noise = actor.fixed_x_T, actor.fixed_step_noise
+        else:
+            x_T, step_noise = actor.draw_noise(encoded.shape[0], self.n_particles)  # type: ignore[assignment]
+        particles = actor.sample(encoded, x_T, step_noise)
+        if self.n_particles == 1:
+            actions = particles.squeeze(1)
+        else:
+            actions = self.best_of(self.critic.encode(observation), particles)
+        if not deterministic:
+            actions = self.explore(actions).clamp(-1, 1)
+        return actions
+
+    def scale_action(self, action: np.ndarray) -> np.ndarray:
+        """
+        Rescale an action from the action space to [-1, 1]; clipped, because rounding may leave the box.
+
+        :param action: action in the action space
+        :return: action in [-1, 1]
+        """
+        return np.clip(super().scale_action(action), -1, 1)
+
+    def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
+        """
+        Rescale an action from [-1, 1] to the action space; clipped, because rounding may leave the box.
+
+        :param scaled_action: action in [-1, 1]
+        :return: action in the action space
+        """
+        return np.clip(super().unscale_action(scaled_action), self.action_space.low, self.action_space.high)
+
+    def set_training_mode(self, mode: bool) -> None:
+        """
+        Put actor and critics in training or evaluation mode (batch normalisation, dropout); targets stay in evaluation mode.
+
+        :param mode: whether to train
+        """
+        self.actor.set_training_mode(mode)
+        self.critic.set_training_mode(mode)
+        self.training = mode
+
+
+MlpPolicy = DiffusionPolicy
+
+
+class CnnPolicy(DiffusionPolicy):
+    """:class:`DiffusionPolicy` whose features extractor is a NatureCNN by default, for images."""
+
+    default_features_extractor_class = NatureCNN
+
+
+class MultiInputPolicy(DiffusionPolicy):
+    """:class:`DiffusionPolicy` whose features extractor is a CombinedExtractor by default, for ``Dict`` observations."""
+
+    default_features_extractor_class = CombinedExtractor

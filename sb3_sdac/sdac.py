@@ -1,0 +1,724 @@
+"""The algorithm: from transitions to TD targets, score targets and a better diffusion policy."""
+
+import io
+import pathlib
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.save_util import load_from_zip_file
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, ReplayBufferSamples, Schedule
+from stable_baselines3.common.utils import FloatSchedule, get_parameters_by_name, polyak_update, update_learning_rate
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_sdac import score_matching as sm
+from sb3_sdac.diffusion import BETA_SCHEDULES
+from sb3_sdac.policies import Actor, CnnPolicy, Critic, DiffusionPolicy, MlpPolicy, MultiInputPolicy
+
+SelfSDAC = TypeVar("SelfSDAC", bound="SDAC")
+
+#: Candidates at which Q is differentiated for the gradient-assisted target
+N_GRADIENT_POINTS = 4
+#: Share of each batch's solution that the temperature set from data takes over: a memory of about 20 actor updates
+TEMPERATURE_RATE = 0.05
+#: Moving average of Q's mean and standard deviation in the mirror-descent loss (official DPMD)
+Q_STATISTICS_RATE = 1e-3
+#: The paper's temperature: start, learning rate and interval in updates (official SDAC)
+PAPER_ENT_COEF_INIT, PAPER_ENT_COEF_LR, PAPER_ENT_COEF_INTERVAL = 5.0, 7e-3, 250
+
+#: Official SDAC, point by point; with five environments and one update per vector step (README, "The paper's configuration")
+PAPER_SDAC: dict[str, Any] = {
+    "learning_starts": 30_000,
+    "n_sampling_steps": 20,
+    "eta": 1.0,
+    "n_particles": 32,
+    "n_reverse_samples": 64,
+    "score_matching": "reverse_sampling",
+    "proposal": "clipped_normal",
+    "anchor": "current",
+    "ent_coef": "paper",
+    "scale_noise_by_ent_coef": True,
+    "clip_target_actions": False,
+    "target_update_interval": 2,
+    "average_actor": True,
+    "actor_lr_decay": (3e-5, 25_000, 75_000),
+}
+
+#: Official DPMD: the mirror-descent loss and two steps of the critics' optimizer per update. The first version of the paper
+#: called it SDAC and used ``beta_schedule="cosine"`` and ``ent_coef="paper_1.5"``.
+PAPER_DPMD: dict[str, Any] = {**PAPER_SDAC, "score_matching": "mirror_descent", "anchor": "next", "critic_steps": 2}
+
+
+class SDAC(OffPolicyAlgorithm):
+    """
+    Soft Diffusion Actor-Critic (SDAC): online reinforcement learning with a diffusion policy.
+
+    The policy is a diffusion model trained by score matching on the Q-function alone: it needs no samples of an optimal policy and no
+    gradients through the denoising chain.
+
+    Paper: https://arxiv.org/abs/2502.00361. Code of the authors: https://github.com/mahaitongdae/diffusion_policy_online_rl.
+    ``SDAC("MlpPolicy", env, **PAPER_SDAC)`` is their configuration; the README says where and why the defaults differ.
+
+    :param policy: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"`` or a subclass of :class:`~sb3_sdac.DiffusionPolicy`
+    :param env: the environment to learn from (its id, if registered in Gymnasium); actions must be a ``Box`` with finite bounds
+    :param learning_rate: learning rate of the actor, and of the critics if ``qf_learning_rate`` is not given; a float or a
+        function of the progress remaining (from 1 to 0)
+    :param buffer_size: size of the replay buffer, in transitions
+    :param learning_starts: environment steps taken at random before learning starts
+    :param batch_size: B, transitions per update
+    :param tau: step of the targets' moving average (Polyak update), between 0 and 1
+    :param gamma: discount factor, between 0 and 1
+    :param train_freq: update every ``train_freq`` steps, or ``(5, "step")``, ``(2, "episode")``
+    :param gradient_steps: updates after each rollout; -1 for as many as environment steps were made in it
+    :param action_noise: further noise added to the actions, cf. ``stable_baselines3.common.noise``
+    :param replay_buffer_class: replay buffer, for instance ``HerReplayBuffer``; chosen automatically if ``None``
+    :param replay_buffer_kwargs: its keyword arguments
+    :param optimize_memory_usage: store observations once instead of twice, at the cost of more complexity
+    :param n_steps: length of n-step returns
+    :param n_diffusion_steps: T, the number of steps of the diffusion, at least 1
+    :param n_sampling_steps: denoising steps taken whenever an action is drawn, between 1 and T
+    :param eta: 0 for deterministic denoising (DDIM) up to 1 for ancestral sampling (DDPM, the paper)
+    :param init_noise_scale: standard deviation of x_T, from which denoising starts; positive
+    :param beta_schedule: ``"linear"`` (the paper), ``"cosine"`` or ``"vp"``
+    :param n_particles: N, particles among which the critics choose when acting, at least 1
+    :param n_target_particles: the same for the actions of the update; ``None`` for ``n_particles``
+    :param n_reverse_samples: K, candidates for x_0 per noisy action, at least 2
+    :param score_matching: where the noise predictor's target comes from. ``"reverse_sampling"``: the mean noise of K candidates weighted by
+        exp(Q/lambda) (SDAC of the final paper). ``"gradient_assisted"``: the same, with Q's gradient at four candidates taking over
+        where the noise is low. ``"mirror_descent"``: denoising of the policy's own actions, weighted by exp(Q) (DPMD; K, ``proposal`` and
+        ``anchor`` do not matter).
+    :param proposal: distribution of the candidates: ``"truncated_normal"`` inside the box or ``"clipped_normal"`` (the paper)
+    :param anchor: the actions that are noised to get x_t: ``"next"``, those of the TD target at the next observations, which saves a
+        sampling pass, or ``"current"``, fresh ones at the observations (the paper)
+    :param ent_coef: entropy coefficient or temperature (alpha or lambda in the paper), in the unit of the reward: a positive float,
+        ``"auto"`` to set it from the data such that the candidates' weights have the effective sample size ``target_ess``, or
+        ``"paper"`` for the authors' fixed curve from 5 to 0.984 (``"paper_1.5"`` ends at 0.54: the number is the target entropy per
+        action dimension, negated, 0.9 by default)
+    :param target_ess: effective sample size to reach with ``ent_coef="auto"``, as a fraction of K, between 1/K and 1
+    :param exploration_noise: standard deviation of the normal noise on sampled actions, which are scaled to [-1, 1]
+    :param scale_noise_by_ent_coef: multiply the exploration noise with the entropy coefficient (the paper)
+    :param clip_target_actions: clip the noisy actions of the update to the box; the authors do not. Actions for the environment always are.
+    :param policy_delay: step the actor on every ``policy_delay``-th update
+    :param target_update_interval: update the targets on every ``target_update_interval``-th update
+    :param average_actor: act with a moving average of the actor (the paper), of step ``tau``
+    :param reward_scale: factor on the rewards inside the critics' targets; the temperature's unit stays that of the reward
+    :param qf_learning_rate: learning rate of the critics, a float or a function of the progress remaining; ``None`` for ``learning_rate``
+    :param actor_lr_decay: ``(final, begin, end)``: the actor's learning rate goes linearly from ``learning_rate`` to ``final`` between its
+        ``begin``-th and ``end``-th update (the paper)
+    :param critic_steps: steps of the critics' optimizer per update, all with the same gradient (2 in official DPMD)
+    :param use_sde: not supported, must be False; here as SB3's own algorithms have it
+    :param stats_window_size: episodes over which the logged success rate, length and reward are averaged
+    :param tensorboard_log: folder of the TensorBoard log; no log if ``None``
+    :param policy_kwargs: further arguments of the policy, see :class:`~sb3_sdac.DiffusionPolicy`
+    :param verbose: 0 no output, 1 information, 2 debug
+    :param seed: seed of the pseudo-random generators
+    :param device: ``"cpu"``, ``"cuda"``, ..., or ``"auto"`` for the GPU if there is one
+    :param _init_setup_model: whether to build the networks now
+    :raises ValueError: for arguments outside their range, ``use_sde=True``, or a CUDA device where there is none
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": MlpPolicy,
+        "CnnPolicy": CnnPolicy,
+        "MultiInputPolicy": MultiInputPolicy,
+    }
+    policy: DiffusionPolicy
+    actor: Actor
+    actor_target: Actor | None
+    critic: Critic
+    critic_target: Critic
+
+    def __init__(
+        self,
+        policy: str | type[DiffusionPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = 3e-4,
+        buffer_size: int = 1_000_000,
+        learning_starts: int = 100,
+        batch_size: int = 256,
+        tau: float = 0.005,
+        gamma: float = 0.99,
+        train_freq: int | tuple[int, str] = 1,
+        gradient_steps: int = 1,
+        action_noise: ActionNoise | None = None,
+        replay_buffer_class: type[ReplayBuffer] | None = None,
+        replay_buffer_kwargs: dict[str, Any] | None = None,
+        optimize_memory_usage: bool = False,
+        n_steps: int = 1,
+        n_diffusion_steps: int = 20,
+        n_sampling_steps: int = 5,
+        eta: float = 0.0,
+        init_noise_scale: float = 0.5,
+        beta_schedule: str = "linear",
+        n_particles: int = 4,
+        n_target_particles: int | None = None,
+        n_reverse_samples: int = 16,
+        score_matching: str = "gradient_assisted",
+        proposal: str = "truncated_normal",
+        anchor: str = "next",
+        ent_coef: float | str = "auto",
+        target_ess: float = 0.3,
+        exploration_noise: float = 0.1,
+        scale_noise_by_ent_coef: bool = False,
+        clip_target_actions: bool = True,
+        policy_delay: int = 2,
+        target_update_interval: int = 1,
+        average_actor: bool = False,
+        reward_scale: float = 0.2,
+        qf_learning_rate: float | Schedule | None = None,
+        actor_lr_decay: tuple[float, int, int] | None = None,
+        critic_steps: int = 1,
+        use_sde: bool = False,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+    ):
+        if use_sde:
+            raise ValueError(
+                "use_sde=True is not supported: a diffusion policy has no Gaussian whose noise could depend on the state. "
+                "Leave it False; exploration_noise and action_noise set how SDAC explores."
+            )
+        _check_device(device)
+        super().__init__(
+            policy,
+            env,
+            learning_rate,
+            buffer_size=buffer_size,
+            learning_starts=learning_starts,
+            batch_size=batch_size,
+            tau=tau,
+            gamma=gamma,
+            train_freq=train_freq,
+            gradient_steps=gradient_steps,
+            action_noise=action_noise,
+            replay_buffer_class=replay_buffer_class,
+            replay_buffer_kwargs=replay_buffer_kwargs,
+            optimize_memory_usage=optimize_memory_usage,
+            n_steps=n_steps,
+            policy_kwargs=policy_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            verbose=verbose,
+            seed=seed,
+            device=device,
+            sde_support=False,
+            supported_action_spaces=(spaces.Box,),
+            support_multi_env=True,
+        )
+        self.n_diffusion_steps = n_diffusion_steps
+        self.n_sampling_steps = n_sampling_steps
+        self.eta = eta
+        self.init_noise_scale = init_noise_scale
+        self.beta_schedule = beta_schedule
+        self.n_particles = n_particles
+        self.n_target_particles = n_target_particles
+        self.n_reverse_samples = n_reverse_samples
+        self.score_matching = score_matching
+        self.proposal = proposal
+        self.anchor = anchor
+        self.ent_coef = ent_coef
+        self.target_ess = target_ess
+        self.exploration_noise = exploration_noise
+        self.scale_noise_by_ent_coef = scale_noise_by_ent_coef
+        self.clip_target_actions = clip_target_actions
+        self.policy_delay = policy_delay
+        self.target_update_interval = target_update_interval
+        self.average_actor = average_actor
+        self.reward_scale = reward_scale
+        self.qf_learning_rate = qf_learning_rate
+        self.actor_lr_decay = actor_lr_decay
+        self.critic_steps = critic_steps
+        self.ent_coef_optimizer: th.optim.Optimizer | None = None
+        self._n_actor_updates = 0
+
+        if _init_setup_model:
+            self._setup_model()
+
+    def _setup_model(self) -> None:
+        self._check_arguments()
+        # What the policy must know to act travels in its keyword arguments; those that the user gave are kept apart, as `load` compares them
+        policy_kwargs, buffer_size = self.policy_kwargs, self.buffer_size
+        self.policy_kwargs = {**self._diffusion_kwargs(), **policy_kwargs}
+        if self.env is None:  # loaded for acting only: see set_env
+            self.buffer_size = self.n_envs
+        super()._setup_model()
+        self.policy_kwargs, self.buffer_size = policy_kwargs, buffer_size
+        if self.env is None:
+            self.replay_buffer = None
+        self._create_aliases()
+        # Running statistics of batch normalisation are copied, not averaged, see SB3's issue 996
+        self.batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
+        self.batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
+        self._setup_temperature()
+        self.q_running_mean = th.zeros((), device=self.device)
+        self.q_running_std = th.ones((), device=self.device)
+
+    def _diffusion_kwargs(self) -> dict[str, Any]:
+        names = ["n_diffusion_steps", "n_sampling_steps", "eta", "init_noise_scale", "beta_schedule", "n_particles"]
+        names += ["exploration_noise", "scale_noise_by_ent_coef", "average_actor"]
+        return {name: getattr(self, name) for name in names}
+
+    def _setup_temperature(self) -> None:
+        """The entropy coefficient's start and, for the paper's curve, its optimizer and target entropy."""
+        log_ent_coef = self.policy.log_ent_coef.data
+        if isinstance(self.ent_coef, str):
+            mode, _, target_per_dim = self.ent_coef.partition("_")
+            if mode == "paper":
+                log_ent_coef.fill_(np.log(PAPER_ENT_COEF_INIT))
+                self.ent_coef_optimizer = th.optim.Adam([self.policy.log_ent_coef], lr=PAPER_ENT_COEF_LR)
+                self._target_entropy = -float(target_per_dim or 0.9) * self.actor.action_dim
+        else:
+            log_ent_coef.fill_(np.log(self.ent_coef))
+
+    def _create_aliases(self) -> None:
+        self.actor = self.policy.actor
+        self.actor_target = self.policy.actor_target
+        self.critic = self.policy.critic
+        self.critic_target = self.policy.critic_target
+
+    def train(self, gradient_steps: int, batch_size: int = 64) -> None:
+        """
+        Algorithm 1 of the paper, ``gradient_steps`` times.
+
+        :param gradient_steps: updates to make
+        :param batch_size: B, transitions per update
+        """
+        # Switch to train mode (this affects batch norm / dropout)
+        self.policy.set_training_mode(True)
+        self._update_learning_rates()
+        metrics: list[th.Tensor] = []
+        actor_metrics: list[th.Tensor] = []
+
+        for _ in range(gradient_steps):
+            step_actor = self._n_updates % self.policy_delay == 0
+            replay_data = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
+            # For n-step replay, the discount factor is gamma**n_steps (when no early termination)
+            discounts = self.gamma if replay_data.discounts is None else replay_data.discounts
+
+            with th.no_grad():
+                # Next actions: N reverse diffusions, the best by min Q, noise
+                encoded_next = self.critic.encode(replay_data.next_observations)  # (C, B, H)
+                next_actions = self._sample_actions(replay_data.next_observations, encoded_next)  # (B, A)
+                # TD target: without an entropy term, as in the authors' code
+                encoded_target = self.critic_target.encode(replay_data.next_observations)
+                next_q_values = self.critic_target.min_q(encoded_target, next_actions).unsqueeze(1)  # (B, 1)
+                target_q_values = self.reward_scale * replay_data.rewards + (1 - replay_data.dones) * discounts * next_q_values
+
+            # Critic loss: the squared TD error of each critic
+            current_q_values = self.critic.q_values(self.critic.encode(replay_data.observations), replay_data.actions)  # (C, B)
+            critic_loss = (current_q_values - target_q_values.squeeze(1)).square().mean(dim=1).sum()
+            self.critic.optimizer.zero_grad()
+            critic_loss.backward()
+            for _ in range(self.critic_steps - 1):
+                self.critic.optimizer.step()
+
+            # Actor loss: score matching on the critics as they are before this update's (last) step
+            if step_actor:
+                actor_loss, reverse_ess = self._score_matching_loss(replay_data, next_actions, encoded_next)
+                actor_metrics.append(th.stack([actor_loss.detach(), reverse_ess]))
+
+            self.critic.optimizer.step()
+            if step_actor:
+                self._decay_actor_learning_rate()
+                self.actor.optimizer.zero_grad()
+                actor_loss.backward()
+                self.actor.optimizer.step()
+                self._n_actor_updates += 1
+
+            if self.ent_coef_optimizer is not None and self._n_updates % PAPER_ENT_COEF_INTERVAL == 0:
+                self._step_paper_temperature(self.ent_coef_optimizer)
+
+            if self._n_updates % self.target_update_interval == 0:
+                self._update_targets()
+
+            self._n_updates += 1
+            metrics.append(th.stack([critic_loss, current_q_values.mean(), self.policy.log_ent_coef.exp()]).detach())
+
+        # Read back from the device once, after the loop
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        self._record_means(["critic_loss", "q_value", "ent_coef"], metrics)
+        self._record_means(["actor_loss", "reverse_ess"], actor_metrics)
+        self.logger.record("train/learning_rate", self.actor.optimizer.param_groups[0]["lr"])
+        self.logger.record("train/qf_learning_rate", self.critic.optimizer.param_groups[0]["lr"])
+
+    def _record_means(self, names: list[str], metrics: list[th.Tensor]) -> None:
+        """
+        :param names: of the logged keys, after ``train/``
+        :param metrics: one tensor of their values per update; none where no update made them
+        """
+        if metrics:
+            for name, mean in zip(names, th.stack(metrics).mean(dim=0).tolist(), strict=True):
+                self.logger.record(f"train/{name}", mean)
+
+    def _sample_actions(self, observations: PyTorchObs, encoded_critic: th.Tensor) -> th.Tensor:
+        """
+        Actions of the current policy for the update, with exploration noise.
+
+        :param observations: B observations
+        :param encoded_critic: the critics' encoding of them, shape (C, B, H)
+        :return: shape (B, A)
+        """
+        n_particles = self.n_particles if self.n_target_particles is None else self.n_target_particles
+        encoded = self.actor.encode(observations)
+        particles = self.actor.sample(encoded, *self.actor.draw_noise(encoded.shape[0], n_particles))
+        actions = self.policy.explore(self.policy.best_of(encoded_critic, particles))
+        return actions.clamp(-1, 1) if self.clip_target_actions else actions
+
+    def _score_matching_loss(
+        self, replay_data: ReplayBufferSamples, next_actions: th.Tensor, encoded_next: th.Tensor
+    ) -> tuple[th.Tensor, th.Tensor]:
+        """
+        The loss of the noise predictor; sets the temperature on the way if it comes from the data.
+
+        :param replay_data: the batch
+        :param next_actions: actions of the policy at the next observations, shape (B, A)
+        :param encoded_next: the critics' encoding of the next observations, shape (C, B, H)
+        :return: the loss, and the mean effective sample size of the weights
+        """
+        # Anchor: an action of the policy, which is then noised to a random diffusion step
+        observations, actions, encoded_critic = replay_data.next_observations, next_actions, encoded_next
+        if self.anchor == "current" and self.score_matching != "mirror_descent":
+            observations = replay_data.observations
+            with th.no_grad():
+                encoded_critic = self.critic.encode(observations)
+                actions = self._sample_actions(observations, encoded_critic)
+        t = th.randint(self.n_diffusion_steps, (len(actions), 1), device=self.device)  # (B, 1)
+        noise = th.randn_like(actions)
+        noisy_actions = self.actor.diffusion.q_sample(actions, t, noise)  # (B, A)
+        predicted_noise = self.actor.predict_noise(self.actor.encode(observations), noisy_actions, t)
+
+        if self.score_matching == "mirror_descent":
+            with th.no_grad():
+                q_values = self.critic.min_q(encoded_critic, actions).unsqueeze(1)  # (B, 1)
+                weights = sm.mirror_descent_weights(
+                    q_values, self.q_running_mean, self.q_running_std, self.policy.log_ent_coef.exp()
+                )
+                self.q_running_mean.lerp_(q_values.mean(), Q_STATISTICS_RATE)
+                self.q_running_std.lerp_(q_values.std(correction=0), Q_STATISTICS_RATE)
+                # Effective sample size over the batch, as a number between 1 and B
+                reverse_ess = sm.effective_sample_size((weights / weights.sum()).squeeze(1))
+            return sm.denoising_loss(predicted_noise, noise, weights), reverse_ess
+
+        with th.no_grad():
+            # Candidates for x_0 given x_t, their min Q and softmax weights: (B, K, A), (B, K), (B, K)
+            propose, draw = sm.PROPOSALS[self.proposal]
+            random_numbers = draw((len(actions), self.n_reverse_samples, self.actor.action_dim), device=self.device)
+            x_0, noises = propose(self.actor.diffusion, noisy_actions, t, random_numbers)
+            q_values = self.critic.min_q(encoded_critic, x_0)
+            if self.ent_coef == "auto":
+                self._set_temperature(q_values)
+            # In the unit of the critics, whose rewards are scaled
+            temperature = self.reward_scale * self.policy.log_ent_coef.exp()
+            weights = sm.softmax_weights(q_values, temperature)
+            reverse_ess = sm.effective_sample_size(weights).mean()
+
+        if self.score_matching == "reverse_sampling":
+            # (B, A) -> (B, 1, A): one prediction for all K noises
+            return sm.denoising_loss(predicted_noise.unsqueeze(1), noises, weights.unsqueeze(2)), reverse_ess
+
+        target = sm.expected_noise(noises, weights)
+        assisted = sm.gradient_noise(
+            lambda points: self.critic.min_q(encoded_critic, points),
+            self.actor.diffusion,
+            t,
+            x_0,
+            weights,
+            temperature,
+            th.rand((len(actions), N_GRADIENT_POINTS), device=self.device),
+        )
+        target = target.lerp(assisted, sm.gradient_share(self.actor.diffusion, t))  # (B, A)
+        return sm.denoising_loss(predicted_noise, target), reverse_ess
+
+    def _set_temperature(self, q_values: th.Tensor) -> None:
+        """
+        Move the entropy coefficient towards the one that gives the weights their effective sample size.
+
+        :param q_values: min Q of the candidates, shape (B, K)
+        """
+        temperature = sm.solve_temperature(q_values, self.target_ess * self.n_reverse_samples)
+        rate = TEMPERATURE_RATE if self._n_actor_updates > 0 else 1.0
+        self.policy.log_ent_coef.lerp_((temperature / self.reward_scale).log(), rate)
+
+    def _step_paper_temperature(self, optimizer: th.optim.Optimizer) -> None:
+        """
+        One step of the authors' temperature: loss = -log_alpha (target - H), where H is the entropy of the exploration noise.
+
+        No data enters. H = A/2 log(2 pi e (0.1 alpha)^2) counts as a constant, so the gradient is H - target.
+
+        :param optimizer: of log_alpha
+        """
+        log_std = np.log(self.exploration_noise) + self.policy.log_ent_coef
+        entropy = self.actor.action_dim * (0.5 * np.log(2 * np.pi * np.e) + log_std)
+        self.policy.log_ent_coef.grad = entropy - self._target_entropy
+        optimizer.step()
+
+    def _update_targets(self) -> None:
+        """Polyak step of the target critics and of the averaged actor."""
+        polyak_update(self.critic.parameters(), self.critic_target.parameters(), self.tau)
+        polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
+        if self.actor_target is not None:
+            polyak_update(self.actor.parameters(), self.actor_target.parameters(), self.tau)
+            polyak_update(
+                get_parameters_by_name(self.actor, ["running_"]), get_parameters_by_name(self.actor_target, ["running_"]), 1.0
+            )
+
+    def _setup_lr_schedule(self) -> None:
+        super()._setup_lr_schedule()
+        self.qf_lr_schedule = self.lr_schedule
+        if self.qf_learning_rate is not None:
+            self.qf_lr_schedule = FloatSchedule(self.qf_learning_rate)
+
+    def _update_learning_rates(self) -> None:
+        """Learning rates that follow the training progress."""
+        update_learning_rate(self.actor.optimizer, self.lr_schedule(self._current_progress_remaining))
+        update_learning_rate(self.critic.optimizer, self.qf_lr_schedule(self._current_progress_remaining))
+
+    def _decay_actor_learning_rate(self) -> None:
+        """Actor's learning rate that follows its own updates (the paper), if so asked."""
+        if self.actor_lr_decay is not None:
+            final, begin, end = self.actor_lr_decay
+            fraction = min(max((self._n_actor_updates - begin) / (end - begin), 0.0), 1.0)
+            initial = self.lr_schedule(self._current_progress_remaining)
+            update_learning_rate(self.actor.optimizer, initial + fraction * (final - initial))
+
+    def learn(
+        self: SelfSDAC,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 4,
+        tb_log_name: str = "SDAC",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfSDAC:
+        """
+        Learn for a number of environment steps; see SB3's ``BaseAlgorithm.learn``.
+
+        :param total_timesteps: environment steps, summed over all environments
+        :param callback: called at every step
+        :param log_interval: episodes between two logs
+        :param tb_log_name: name of the run in TensorBoard
+        :param reset_num_timesteps: start counting anew, or go on from where an earlier call ended
+        :param progress_bar: show a progress bar (needs tqdm and rich)
+        :return: the model
+        :raises ValueError: when an observation, action or reward is not finite
+        """
+        return super().learn(
+            total_timesteps=total_timesteps,
+            callback=callback,
+            log_interval=log_interval,
+            tb_log_name=tb_log_name,
+            reset_num_timesteps=reset_num_timesteps,
+            progress_bar=progress_bar,
+        )
+
+    def _sample_action(
+        self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        self._check_finite("observation", self._last_obs)  # type: ignore[arg-type]
+        action, buffer_action = super()._sample_action(learning_starts, action_noise, n_envs)
+        self._check_finite("action", buffer_action)
+        return action, buffer_action
+
+    def _store_transition(
+        self,
+        replay_buffer: ReplayBuffer,
+        buffer_action: np.ndarray,
+        new_obs: np.ndarray | dict[str, np.ndarray],
+        reward: np.ndarray,
+        dones: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        self._check_finite("observation", new_obs)
+        self._check_finite("reward", reward)
+        for info in infos:
+            if info.get("terminal_observation") is not None:
+                self._check_finite("terminal observation", info["terminal_observation"])
+        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+
+    def _check_finite(self, name: str, array: np.ndarray | dict[str, np.ndarray]) -> None:
+        """
+        Stop before something that is not a number gets into the replay buffer or the networks.
+
+        :param name: what the array is
+        :param array: observations (of a Dict space, by key), actions or rewards
+        :raises ValueError: if any entry is NaN or infinite
+        """
+        for key, value in array.items() if isinstance(array, dict) else [(None, array)]:
+            if not np.isfinite(value).all():
+                name = name if key is None else f"{name} '{key}'"
+                raise ValueError(
+                    f"The {name} at environment step {self.num_timesteps} is not finite: {value}. Nothing of this step was stored "
+                    "or learned from; the model can still be saved. stable_baselines3's VecCheckNan helps to find the origin."
+                )
+
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        """
+        Set the environment to learn from, see SB3's ``BaseAlgorithm.set_env``.
+
+        A model loaded without an environment has no replay buffer, as acting needs none; it gets one here.
+
+        :param env: the environment
+        :param force_reset: reset it before learning goes on
+        """
+        super().set_env(env, force_reset)
+        if self.replay_buffer is None:
+            self.replay_buffer = self.replay_buffer_class(  # type: ignore[misc]
+                self.buffer_size,
+                self.observation_space,
+                self.action_space,
+                device=self.device,
+                n_envs=self.n_envs,
+                optimize_memory_usage=self.optimize_memory_usage,
+                **self.replay_buffer_kwargs,
+            )
+
+    @staticmethod
+    def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+        vec_env = OffPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
+        action_space = vec_env.action_space
+        if isinstance(action_space, spaces.Box):  # SB3 itself refuses the others
+            finite = np.isfinite(action_space.low).all() and np.isfinite(action_space.high).all()
+            if not finite or (action_space.low >= action_space.high).any():
+                raise ValueError(
+                    f"SDAC needs an action space with finite bounds, low < high, but got {action_space} with low {action_space.low} and "
+                    f"high {action_space.high}. Wrap the environment, for instance with gymnasium.wrappers.RescaleAction."
+                )
+        return vec_env
+
+    @classmethod
+    def load(
+        cls: type[SelfSDAC],
+        path: str | pathlib.Path | io.BufferedIOBase,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        **kwargs: Any,
+    ) -> SelfSDAC:
+        """
+        Load a model from a zip file, see SB3's ``BaseAlgorithm.load``.
+
+        Without ``env`` the model can act at once and has no replay buffer until :meth:`set_env`.
+
+        :param path: the file, with or without ``.zip``
+        :param env: environment to go on learning from
+        :param device: where to put the networks
+        :param custom_objects: objects to use instead of those saved under the same name
+        :param print_system_info: print versions at saving and now
+        :param force_reset: reset the environment before learning goes on
+        :param kwargs: arguments of the constructor to change
+        :return: the model
+        :raises ValueError: if the file is not a complete model of SDAC, or does not fit the environment or the arguments
+        """
+        _check_device(device)
+        data, _, _ = load_from_zip_file(path, device="cpu", custom_objects=custom_objects, load_data=True)
+        if isinstance(path, io.BufferedIOBase):
+            path.seek(0)
+        policy_class = (data or {}).get("policy_class")
+        if not (isinstance(policy_class, type) and issubclass(policy_class, DiffusionPolicy)):
+            raise ValueError(
+                f"{path} does not hold a model of SDAC: its policy is {policy_class}, where a subclass of DiffusionPolicy is needed. "
+                "Load it with the algorithm that saved it."
+            )
+        try:
+            model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        except (RuntimeError, KeyError) as error:
+            raise ValueError(f"The networks saved in {path} do not fit the model built for them: {error}") from error
+        if not isinstance(model.ent_coef, str):  # the saved policy holds the coefficient at saving, `kwargs` may hold another
+            model.policy.log_ent_coef.data.fill_(np.log(model.ent_coef))
+        return model
+
+    def _excluded_save_params(self) -> list[str]:
+        aliases = ["actor", "actor_target", "critic", "critic_target", "batch_norm_stats", "batch_norm_stats_target"]
+        return [*super()._excluded_save_params(), *aliases]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        state_dicts = ["policy", "actor.optimizer", "critic.optimizer"]
+        if self.ent_coef_optimizer is not None:
+            state_dicts.append("ent_coef_optimizer")
+        return state_dicts, ["q_running_mean", "q_running_std"]
+
+    def _check_arguments(self) -> None:
+        """
+        Check SDAC's own arguments, whether they come from the constructor or from ``load``.
+
+        :raises ValueError: says what was given and what is allowed
+        """
+        counts = ["n_diffusion_steps", "n_sampling_steps", "n_particles", "policy_delay", "target_update_interval", "critic_steps"]
+        counts += ["batch_size", "buffer_size", "n_steps"] + ["n_target_particles"] * (self.n_target_particles is not None)
+        for name in counts:
+            _check(name, getattr(self, name), _is_count(getattr(self, name), at_least=1), "an integer of at least 1")
+        _check(
+            "n_sampling_steps",
+            self.n_sampling_steps,
+            self.n_sampling_steps <= self.n_diffusion_steps,
+            f"at most n_diffusion_steps={self.n_diffusion_steps}",
+        )
+        for name, known in [
+            ("beta_schedule", list(BETA_SCHEDULES)),
+            ("score_matching", ["reverse_sampling", "gradient_assisted", "mirror_descent"]),
+            ("proposal", list(sm.PROPOSALS)),
+            ("anchor", ["next", "current"]),
+        ]:
+            _check(name, getattr(self, name), getattr(self, name) in known, f"one of {known}")
+        if self.score_matching != "mirror_descent":
+            enough = _is_count(self.n_reverse_samples, at_least=2)
+            _check("n_reverse_samples", self.n_reverse_samples, enough, "an integer of at least 2 (the weight of a single one is always 1)")
+            lowest = 1 / self.n_reverse_samples
+            in_range = _is_number(self.target_ess) and lowest < self.target_ess < 1
+            _check("target_ess", self.target_ess, in_range, f"a fraction of n_reverse_samples, between {lowest:g} and 1")
+        for name in ["init_noise_scale", "reward_scale"]:
+            value = getattr(self, name)
+            _check(name, value, _is_number(value) and value > 0, "a positive number")
+        for name in ["eta", "tau", "gamma"]:
+            value = getattr(self, name)
+            _check(name, value, _is_number(value) and 0 <= value <= 1, "a number between 0 and 1")
+        noise = self.exploration_noise
+        _check("exploration_noise", noise, _is_number(noise) and noise >= 0, "a number of at least 0")
+        if self.actor_lr_decay is not None:
+            valid = len(self.actor_lr_decay) == 3 and 0 <= self.actor_lr_decay[1] < self.actor_lr_decay[2]
+            _check("actor_lr_decay", self.actor_lr_decay, valid, "(final learning rate, first, last actor update) with first < last")
+        _check(
+            "ent_coef", self.ent_coef, _is_ent_coef(self.ent_coef), "a positive number, 'auto', 'paper' or 'paper_<number>'"
+        )
+        if self.ent_coef == "auto" and self.score_matching == "mirror_descent":
+            raise ValueError("ent_coef='auto' needs reverse samples; give a number or 'paper' with score_matching='mirror_descent'")
+        paper = isinstance(self.ent_coef, str) and self.ent_coef.startswith("paper")
+        if paper and self.exploration_noise == 0:
+            raise ValueError("ent_coef='paper' is derived from the entropy of the exploration noise: exploration_noise must be positive")
+
+
+def _check(name: str, value: Any, valid: bool, allowed: str) -> None:
+    if not valid:
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and bool(np.isfinite(value))
+
+
+def _is_count(value: Any, at_least: int) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= at_least
+
+
+def _is_ent_coef(value: Any) -> bool:
+    if isinstance(value, str):
+        mode, _, target_per_dim = value.partition("_")
+        return value in ("auto", "paper") or (mode == "paper" and target_per_dim.replace(".", "", 1).isdigit())
+    return _is_number(value) and value > 0
+
+
+def _check_device(device: th.device | str) -> None:
+    """SB3 falls back to the CPU without a word where CUDA was asked for and is missing."""
+    if str(device).startswith("cuda") and not th.cuda.is_available():
+        raise ValueError(f"device={str(device)!r} was given but PyTorch finds no CUDA device here; use device='cpu' or 'auto'")
