@@ -121,13 +121,11 @@ class GaussianDiffusion(nn.Module):
 
         DDIM, equation 12, with the predicted noise rewritten through the (clipped) x_0:
         x_prev = coef_x_0 * x_0 + coef_x_t * x_t + std * noise. At eta = 1 without thinning these are the DDPM
-        posterior's coefficients. The thinned chain starts at T - 1, where x_T is drawn, and ends by jumping
-        to x_0, so no step is spent on noise levels that are all but clean.
+        posterior's coefficients.
 
         :return: ``(t, coef_x_0, coef_x_t, std)`` per step, from the noisiest to the cleanest
         """
-        stride = self.n_diffusion_steps / self.n_sampling_steps
-        steps = [round(self.n_diffusion_steps - i * stride) - 1 for i in range(self.n_sampling_steps)]
+        steps = self._thin((1 / alphas_cumprod - 1).sqrt().atan().tolist())
         plan = []
         for t, t_prev in zip(steps, [*steps[1:], -1], strict=True):
             abar = alphas_cumprod[t].item()
@@ -137,6 +135,26 @@ class GaussianDiffusion(nn.Module):
             coef_x_0 = math.sqrt(abar_prev) - coef_x_t * math.sqrt(abar)
             plan.append((t, coef_x_0, coef_x_t, math.sqrt(variance)))
         return plan
+
+    def _thin(self, angles: list[float]) -> list[int]:
+        """
+        Which diffusion steps the sampler takes: T - 1, where x_T is drawn, down to 1, equally spaced in arctan(sigma_t).
+
+        In a box of half width 1, x_0 is decided while sigma_t is around 1. Linear betas spend half their steps far above that, so steps
+        equally spaced in t blur the samples: with the exact denoiser of two narrow modes, 5 steps end at a Wasserstein distance of 0.18
+        from the truth where these end at 0.07 and all 20 at 0.05 (``tests/test_diffusion.py``).
+
+        :param angles: arctan(sigma_t), shape (T,), increasing
+        :return: ``n_sampling_steps`` distinct steps, falling
+        """
+        last, first = self.n_diffusion_steps - 1, min(1, self.n_diffusion_steps - 1)
+        steps: list[int] = []
+        for i in range(self.n_sampling_steps):
+            angle = angles[last] + (angles[first] - angles[last]) * i / max(self.n_sampling_steps - 1, 1)
+            nearest = min(range(self.n_diffusion_steps), key=lambda t: abs(angles[t] - angle))
+            # Leave room for the steps still to come, and go down by at least one
+            steps.append(min(max(nearest, self.n_sampling_steps - 1 - i), steps[-1] - 1 if steps else last))
+        return steps
 
     def q_sample(self, x_0: th.Tensor, t: th.Tensor | int, noise: th.Tensor) -> th.Tensor:
         """

@@ -24,7 +24,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
 from sb3_sdac.diffusion import BETA_SCHEDULES, GaussianDiffusion
-from sb3_sdac.networks import CriticEnsemble, NoisePredictor
+from sb3_sdac.networks import CriticEnsemble, Mish, NoisePredictor
 
 
 def _constructor_parameters(model: BaseModel, cls: type[BaseModel]) -> dict[str, Any]:
@@ -56,7 +56,7 @@ class Actor(BasePolicy):
         net_arch: list[int],
         features_extractor: BaseFeaturesExtractor,
         features_dim: int,
-        activation_fn: type[nn.Module] = nn.Mish,
+        activation_fn: type[nn.Module] = Mish,
         normalize_images: bool = True,
         n_diffusion_steps: int = 20,
         n_sampling_steps: int = 5,
@@ -191,7 +191,7 @@ class Critic(BaseModel):
         net_arch: list[int],
         features_extractor: BaseFeaturesExtractor,
         features_dim: int,
-        activation_fn: type[nn.Module] = nn.Mish,
+        activation_fn: type[nn.Module] = Mish,
         normalize_images: bool = True,
         n_critics: int = 2,
         share_features_extractor: bool = False,
@@ -262,7 +262,7 @@ class DiffusionPolicy(BasePolicy):
     :param action_space: a ``Box`` with finite bounds
     :param lr_schedule: learning rate schedule (its value at the start is used)
     :param net_arch: widths of the hidden layers, or ``dict(pi=[...], qf=[...])``; default three layers of 256 for both
-    :param activation_fn: activation function
+    :param activation_fn: activation function; default Mish
     :param features_extractor_class: features extractor; ``None`` means the policy's own (flatten, NatureCNN, or combined)
     :param features_extractor_kwargs: its keyword arguments
     :param normalize_images: divide images by 255
@@ -294,7 +294,7 @@ class DiffusionPolicy(BasePolicy):
         action_space: spaces.Box,
         lr_schedule: Schedule,
         net_arch: list[int] | dict[str, list[int]] | None = None,
-        activation_fn: type[nn.Module] = nn.Mish,
+        activation_fn: type[nn.Module] = Mish,
         features_extractor_class: type[BaseFeaturesExtractor] | None = None,
         features_extractor_kwargs: dict[str, Any] | None = None,
         normalize_images: bool = True,

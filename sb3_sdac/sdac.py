@@ -2,6 +2,7 @@
 
 import io
 import pathlib
+import warnings
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -11,9 +12,8 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, ReplayBufferSamples, Schedule
-from stable_baselines3.common.utils import FloatSchedule, get_parameters_by_name, polyak_update, update_learning_rate
+from stable_baselines3.common.utils import FloatSchedule, get_device, get_parameters_by_name, polyak_update, update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_sdac import score_matching as sm
@@ -96,7 +96,8 @@ class SDAC(OffPolicyAlgorithm):
     :param anchor: the actions that are noised to get x_t: ``"next"``, those of the TD target at the next observations, which saves a
         sampling pass, or ``"current"``, fresh ones at the observations (the paper)
     :param ent_coef: entropy coefficient or temperature (alpha or lambda in the paper), in the unit of the reward: a positive float,
-        ``"auto"`` to set it from the data such that the candidates' weights have the effective sample size ``target_ess``, or
+        ``"auto"`` to set it from the data such that the candidates' weights have the effective sample size ``target_ess``
+        (``"auto_0.1"`` to start that from 0.1 instead of the first batch's solution), or
         ``"paper"`` for the authors' fixed curve from 5 to 0.984 (``"paper_1.5"`` ends at 0.54: the number is the target entropy per
         action dimension, negated, 0.9 by default)
     :param target_ess: effective sample size to reach with ``ent_coef="auto"``, as a fraction of K, between 1/K and 1
@@ -269,15 +270,25 @@ class SDAC(OffPolicyAlgorithm):
 
     def _setup_temperature(self) -> None:
         """The entropy coefficient's start and, for the paper's curve, its optimizer and target entropy."""
-        log_ent_coef = self.policy.log_ent_coef.data
+        initial = self.ent_coef
         if isinstance(self.ent_coef, str):
-            mode, _, target_per_dim = self.ent_coef.partition("_")
+            mode, _, number = self.ent_coef.partition("_")
+            initial = float(number or 1)
             if mode == "paper":
-                log_ent_coef.fill_(np.log(PAPER_ENT_COEF_INIT))
+                initial = PAPER_ENT_COEF_INIT
                 self.ent_coef_optimizer = th.optim.Adam([self.policy.log_ent_coef], lr=PAPER_ENT_COEF_LR)
-                self._target_entropy = -float(target_per_dim or 0.9) * self.actor.action_dim
-        else:
-            log_ent_coef.fill_(np.log(self.ent_coef))
+                self._target_entropy = -float(number or 0.9) * self.actor.action_dim
+        self.policy.log_ent_coef.data.fill_(np.log(initial))
+
+    @property
+    def log_ent_coef(self) -> th.Tensor | None:
+        """Logarithm of the entropy coefficient, or None if that is fixed (as in SB3's SAC)."""
+        return self.policy.log_ent_coef if isinstance(self.ent_coef, str) else None
+
+    @property
+    def ent_coef_tensor(self) -> th.Tensor:
+        """The entropy coefficient (alpha or lambda in the paper), in the unit of the reward."""
+        return self.policy.log_ent_coef.exp()
 
     def _create_aliases(self) -> None:
         self.actor = self.policy.actor
@@ -341,7 +352,7 @@ class SDAC(OffPolicyAlgorithm):
                 self._update_targets()
 
             self._n_updates += 1
-            metrics.append(th.stack([critic_loss, current_q_values.mean(), self.policy.log_ent_coef.exp()]).detach())
+            metrics.append(th.stack([critic_loss, current_q_values.mean(), self.ent_coef_tensor]).detach())
 
         # Read back from the device once, after the loop
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
@@ -400,7 +411,7 @@ class SDAC(OffPolicyAlgorithm):
             with th.no_grad():
                 q_values = self.critic.min_q(encoded_critic, actions).unsqueeze(1)  # (B, 1)
                 weights = sm.mirror_descent_weights(
-                    q_values, self.q_running_mean, self.q_running_std, self.policy.log_ent_coef.exp()
+                    q_values, self.q_running_mean, self.q_running_std, self.ent_coef_tensor
                 )
                 self.q_running_mean.lerp_(q_values.mean(), Q_STATISTICS_RATE)
                 self.q_running_std.lerp_(q_values.std(correction=0), Q_STATISTICS_RATE)
@@ -414,10 +425,10 @@ class SDAC(OffPolicyAlgorithm):
             random_numbers = draw((len(actions), self.n_reverse_samples, self.actor.action_dim), device=self.device)
             x_0, noises = propose(self.actor.diffusion, noisy_actions, t, random_numbers)
             q_values = self.critic.min_q(encoded_critic, x_0)
-            if self.ent_coef == "auto":
+            if str(self.ent_coef).startswith("auto"):
                 self._set_temperature(q_values)
             # In the unit of the critics, whose rewards are scaled
-            temperature = self.reward_scale * self.policy.log_ent_coef.exp()
+            temperature = self.reward_scale * self.ent_coef_tensor
             weights = sm.softmax_weights(q_values, temperature)
             reverse_ess = sm.effective_sample_size(weights).mean()
 
@@ -445,7 +456,8 @@ class SDAC(OffPolicyAlgorithm):
         :param q_values: min Q of the candidates, shape (B, K)
         """
         temperature = sm.solve_temperature(q_values, self.target_ess * self.n_reverse_samples)
-        rate = TEMPERATURE_RATE if self._n_actor_updates > 0 else 1.0
+        first = self._n_actor_updates == 0 and self.ent_coef == "auto"
+        rate = 1.0 if first else TEMPERATURE_RATE
         self.policy.log_ent_coef.lerp_((temperature / self.reward_scale).log(), rate)
 
     def _step_paper_temperature(self, optimizer: th.optim.Optimizer) -> None:
@@ -473,14 +485,14 @@ class SDAC(OffPolicyAlgorithm):
 
     def _setup_lr_schedule(self) -> None:
         super()._setup_lr_schedule()
-        self.qf_lr_schedule = self.lr_schedule
-        if self.qf_learning_rate is not None:
-            self.qf_lr_schedule = FloatSchedule(self.qf_learning_rate)
+        # None: whatever the actor's schedule is at the time
+        self.qf_lr_schedule = None if self.qf_learning_rate is None else FloatSchedule(self.qf_learning_rate)
 
     def _update_learning_rates(self) -> None:
         """Learning rates that follow the training progress."""
         update_learning_rate(self.actor.optimizer, self.lr_schedule(self._current_progress_remaining))
-        update_learning_rate(self.critic.optimizer, self.qf_lr_schedule(self._current_progress_remaining))
+        qf_lr_schedule = self.qf_lr_schedule or self.lr_schedule
+        update_learning_rate(self.critic.optimizer, qf_lr_schedule(self._current_progress_remaining))
 
     def _decay_actor_learning_rate(self) -> None:
         """Actor's learning rate that follows its own updates (the paper), if so asked."""
@@ -612,7 +624,7 @@ class SDAC(OffPolicyAlgorithm):
 
         :param path: the file, with or without ``.zip``
         :param env: environment to go on learning from
-        :param device: where to put the networks
+        :param device: where to put the networks; if it is not there, a warning and the CPU, so that models move between machines
         :param custom_objects: objects to use instead of those saved under the same name
         :param print_system_info: print versions at saving and now
         :param force_reset: reset the environment before learning goes on
@@ -620,20 +632,15 @@ class SDAC(OffPolicyAlgorithm):
         :return: the model
         :raises ValueError: if the file is not a complete model of SDAC, or does not fit the environment or the arguments
         """
-        _check_device(device)
-        data, _, _ = load_from_zip_file(path, device="cpu", custom_objects=custom_objects, load_data=True)
-        if isinstance(path, io.BufferedIOBase):
-            path.seek(0)
-        policy_class = (data or {}).get("policy_class")
-        if not (isinstance(policy_class, type) and issubclass(policy_class, DiffusionPolicy)):
-            raise ValueError(
-                f"{path} does not hold a model of SDAC: its policy is {policy_class}, where a subclass of DiffusionPolicy is needed. "
-                "Load it with the algorithm that saved it."
-            )
+        if str(device) != "auto" and th.device(device).type != get_device(device).type:
+            warnings.warn(f"device={str(device)!r} was asked for but is not there: the model is loaded on {get_device(device)}")
+            device = "auto"
         try:
             model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
         except (RuntimeError, KeyError) as error:
-            raise ValueError(f"The networks saved in {path} do not fit the model built for them: {error}") from error
+            raise ValueError(
+                f"The file {path} is damaged, or its networks do not have the architecture of the model built for them: {error}"
+            ) from error
         if not isinstance(model.ent_coef, str):  # the saved policy holds the coefficient at saving, `kwargs` may hold another
             model.policy.log_ent_coef.data.fill_(np.log(model.ent_coef))
         return model
@@ -654,6 +661,11 @@ class SDAC(OffPolicyAlgorithm):
 
         :raises ValueError: says what was given and what is allowed
         """
+        if not issubclass(self.policy_class, DiffusionPolicy):
+            raise ValueError(
+                f"The policy of SDAC must be 'MlpPolicy', 'CnnPolicy', 'MultiInputPolicy' or a subclass of DiffusionPolicy, got "
+                f"{self.policy_class.__name__}. If it comes from a file, another algorithm saved that: load it with the same."
+            )
         counts = ["n_diffusion_steps", "n_sampling_steps", "n_particles", "policy_delay", "target_update_interval", "critic_steps"]
         counts += ["batch_size", "buffer_size", "n_steps"] + ["n_target_particles"] * (self.n_target_particles is not None)
         for name in counts:
@@ -689,9 +701,9 @@ class SDAC(OffPolicyAlgorithm):
             valid = len(self.actor_lr_decay) == 3 and 0 <= self.actor_lr_decay[1] < self.actor_lr_decay[2]
             _check("actor_lr_decay", self.actor_lr_decay, valid, "(final learning rate, first, last actor update) with first < last")
         _check(
-            "ent_coef", self.ent_coef, _is_ent_coef(self.ent_coef), "a positive number, 'auto', 'paper' or 'paper_<number>'"
+            "ent_coef", self.ent_coef, _is_ent_coef(self.ent_coef), "a positive number, 'auto', 'auto_<number>', 'paper' or 'paper_<number>'"
         )
-        if self.ent_coef == "auto" and self.score_matching == "mirror_descent":
+        if str(self.ent_coef).startswith("auto") and self.score_matching == "mirror_descent":
             raise ValueError("ent_coef='auto' needs reverse samples; give a number or 'paper' with score_matching='mirror_descent'")
         paper = isinstance(self.ent_coef, str) and self.ent_coef.startswith("paper")
         if paper and self.exploration_noise == 0:
@@ -713,8 +725,8 @@ def _is_count(value: Any, at_least: int) -> bool:
 
 def _is_ent_coef(value: Any) -> bool:
     if isinstance(value, str):
-        mode, _, target_per_dim = value.partition("_")
-        return value in ("auto", "paper") or (mode == "paper" and target_per_dim.replace(".", "", 1).isdigit())
+        mode, _, number = value.partition("_")
+        return mode in ("auto", "paper") and (value == mode or (number.replace('.', '', 1).isdigit() and float(number) > 0))
     return _is_number(value) and value > 0
 
 

@@ -1,0 +1,201 @@
+"""
+Everything that touches rl_zoo3: SDAC in its list of algorithms, a search space, the embedded hyperparameters.
+
+An installed package registers itself, see :mod:`sb3_sdac_zoo_hook`. Where that start-up hook is not at work (an editable
+install, a checkout), this is ``python -m rl_zoo3.train --algo sdac --env Pendulum-v1`` after :func:`register`::
+
+    python -m sb3_sdac.zoo train --algo sdac --env Pendulum-v1
+"""
+
+import argparse
+import functools
+import importlib
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from sb3_sdac.sdac import SDAC
+
+if TYPE_CHECKING:
+    import optuna
+
+_INSTALLED = Path(__file__).with_name("hyperparams")
+#: The folder with ``sdac.yml`` and ``sdac_paper.yml``: inside the installed package, beside it in a checkout
+HYPERPARAMS = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / "hyperparams"
+#: What can be run with ``python -m sb3_sdac.zoo``, and the module that does it
+COMMANDS = {
+    "train": "rl_zoo3.train",
+    "enjoy": "rl_zoo3.enjoy",
+    "record_video": "rl_zoo3.record_video",
+    "record_training": "rl_zoo3.record_training",
+    "push_to_hub": "rl_zoo3.push_to_hub",
+    "load_from_hub": "rl_zoo3.load_from_hub",
+    "benchmark": "rl_zoo3.benchmark",
+    "plot_train": "rl_zoo3.plots.plot_train",
+    "plot_from_file": "rl_zoo3.plots.plot_from_file",
+    "all_plots": "rl_zoo3.plots.all_plots",
+}
+
+
+def sample_sdac_params(trial: "optuna.Trial", n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
+    """
+    Search space of SDAC, for ``rl_zoo3.train --algo sdac -optimize``.
+
+    Trials are compared by return and not by time, so it leaves out what would make an update many times slower.
+
+    :param trial: the trial that the values are suggested to
+    :param n_actions: dimension of the action space (not used, as in the search spaces of rl_zoo3)
+    :param n_envs: number of environments (not used)
+    :param additional_args: ``using_her_replay_buffer`` and ``her_kwargs``
+    :return: arguments of :class:`~sb3_sdac.SDAC`
+    """
+    from rl_zoo3.hyperparams_opt import sample_her_params
+
+    params: dict[str, Any] = {
+        "learning_rate": trial.suggest_float("learning_rate", 1e-5, 2e-3, log=True),
+        "one_minus_gamma": trial.suggest_float("one_minus_gamma", 1e-4, 0.03, log=True),
+        "batch_size_pow": trial.suggest_int("batch_size_pow", 6, 9),
+        "tau": trial.suggest_float("tau", 0.001, 0.08, log=True),
+        "net_arch": trial.suggest_categorical("net_arch", ["small", "medium", "large"]),
+        "target_ess": trial.suggest_float("target_ess", 0.1, 0.7),
+        "n_particles": trial.suggest_categorical("n_particles", [1, 2, 4, 8]),
+        "n_reverse_samples": trial.suggest_categorical("n_reverse_samples", [8, 16, 32]),
+        "n_sampling_steps": trial.suggest_categorical("n_sampling_steps", [3, 5, 10]),
+        "policy_delay": trial.suggest_int("policy_delay", 1, 3),
+        "exploration_noise": trial.suggest_float("exploration_noise", 0.02, 0.5, log=True),
+        "reward_scale": trial.suggest_float("reward_scale", 0.02, 2.0, log=True),
+    }
+    # What rl_zoo3 displays of a trial: the true values
+    trial.set_user_attr("gamma", 1 - params["one_minus_gamma"])
+    trial.set_user_attr("batch_size", 2 ** params["batch_size_pow"])
+    if additional_args["using_her_replay_buffer"]:
+        params = sample_her_params(trial, params, additional_args["her_kwargs"])
+    return convert_sdac_params(params)
+
+
+def convert_sdac_params(params: dict[str, Any]) -> dict[str, Any]:
+    """
+    What was sampled, or loaded from a trial, as arguments of the constructor.
+
+    :param params: as in :func:`sample_sdac_params`, or ``trial.params``, which has HER's arguments on the top level
+    :return: arguments of :class:`~sb3_sdac.SDAC`
+    """
+    from rl_zoo3.hyperparams_opt import convert_offpolicy_params
+
+    params = convert_offpolicy_params(params)
+    her_kwargs = {name: params.pop(name) for name in ("n_sampled_goal", "goal_selection_strategy") if name in params}
+    return {**params, "replay_buffer_kwargs": her_kwargs} if her_kwargs else params
+
+
+def add_algorithm(utils: ModuleType) -> None:
+    """
+    Makes SDAC a choice for ``--algo``.
+
+    :param utils: ``rl_zoo3.utils``, whose dict of algorithms all of rl_zoo3 shares
+    """
+    utils.ALGOS["sdac"] = SDAC
+    mend_push_to_hub()
+    if COMMANDS["benchmark"] in sys.orig_argv:
+        mend_benchmark()
+
+
+def add_search_space(hyperparams_opt: ModuleType) -> None:
+    """
+    Makes ``-optimize`` work, and training with the parameters of a trial.
+
+    :param hyperparams_opt: ``rl_zoo3.hyperparams_opt``
+    """
+    hyperparams_opt.HYPERPARAMS_SAMPLER["sdac"] = sample_sdac_params
+    hyperparams_opt.HYPERPARAMS_CONVERTER["sdac"] = convert_sdac_params
+
+
+def add_config(exp_manager: ModuleType) -> None:
+    """
+    Makes our hyperparameters the default for SDAC, and lets ``-conf sdac_paper.yml`` find the file from any folder.
+
+    :param exp_manager: ``rl_zoo3.exp_manager``
+    """
+    manager = exp_manager.ExperimentManager
+    original = manager.read_hyperparameters
+    if hasattr(original, "finds_sdac"):
+        return
+    zoo_folder = Path(exp_manager.__file__ or "").parent / "hyperparams"  # where rl_zoo3 looks if no -conf is given
+
+    @functools.wraps(original)
+    def read_hyperparameters(self: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        config = Path(self.config)
+        if self.algo == "sdac" and not config.exists() and config.parent in (zoo_folder, Path(".")):
+            embedded = HYPERPARAMS / config.name
+            self.config = str(embedded) if embedded.exists() else self.config
+        return original(self)
+
+    read_hyperparameters.finds_sdac = True  # type: ignore[attr-defined]
+    manager.read_hyperparameters = read_hyperparameters
+
+
+def mend_push_to_hub() -> None:
+    """rl_zoo3.push_to_hub imports a function whose name and type sb3-team-hf-integration 3.2 changed (rl_zoo3 2.9.2)."""
+    hub = importlib.import_module("huggingface_sb3.push_to_hub")
+    if not hasattr(hub, "generate_metadata"):
+        hub.generate_metadata = lambda *args: hub._generate_metadata(*args).to_dict()  # type: ignore[attr-defined]
+
+
+def mend_benchmark() -> None:
+    """rl_zoo3.benchmark starts ``python enjoy.py``, a file of rl_zoo3's repository: elsewhere it would skip every agent."""
+    call = subprocess.call
+
+    def call_enjoy(command: list[str]) -> int:
+        if command[:2] == ["python", "enjoy.py"] and not os.path.exists("enjoy.py"):
+            command = [sys.executable, "-m", "sb3_sdac.zoo", "enjoy", *command[2:]]
+        return call(command)
+
+    subprocess.call = call_enjoy  # type: ignore[assignment]
+
+
+#: What to do to which module of rl_zoo3, once that has been imported. Each may be called more than once.
+REGISTRATIONS: dict[str, Callable[[ModuleType], None]] = {
+    "rl_zoo3.utils": add_algorithm,
+    "rl_zoo3.hyperparams_opt": add_search_space,
+    "rl_zoo3.exp_manager": add_config,
+}
+
+
+def register() -> None:
+    """
+    Makes rl_zoo3 know SDAC; does no harm if it does already.
+
+    :raises ModuleNotFoundError: without rl_zoo3
+    """
+    try:
+        importlib.import_module("rl_zoo3")
+    except ModuleNotFoundError as error:
+        if error.name != "rl_zoo3":
+            raise
+        raise ModuleNotFoundError('rl_zoo3 is not installed: pip install "sb3_sdac[zoo]"', name="rl_zoo3") from error
+    for name, add in REGISTRATIONS.items():
+        add(importlib.import_module(name))
+
+
+def main() -> None:
+    """``python -m sb3_sdac.zoo train ...``: a command of rl_zoo3, after :func:`register`."""
+    parser = argparse.ArgumentParser(prog="python -m sb3_sdac.zoo", description="A command of rl_zoo3, with SDAC registered.")
+    parser.add_argument("command", choices=list(COMMANDS), help="python -m rl_zoo3.<command>")
+    parser.add_argument("args", nargs=argparse.REMAINDER, help="arguments of the command, for instance --algo sdac --help")
+    arguments = parser.parse_args()
+    register()
+    if arguments.command == "benchmark":
+        mend_benchmark()
+    sys.argv = [sys.argv[0], *arguments.args]
+    runpy.run_module(COMMANDS[arguments.command], run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    # By its full name, for one module and not two: the start-up hook may have imported it already
+    from sb3_sdac.zoo import main as zoo_main
+
+    zoo_main()

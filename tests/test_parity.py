@@ -1,0 +1,242 @@
+"""
+Array by array against the authors' JAX implementation (``data/official_sdac.npz``, computed in float32).
+
+Every comparison allows float32 rounding only: a relative or absolute error of 1e-3 anywhere fails. The parts are those that
+``SDAC(**PAPER_SDAC)`` trains with.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
+from torch import nn
+
+from sb3_sdac import PAPER_DPMD, PAPER_SDAC, SDAC
+from sb3_sdac import score_matching as sm
+from sb3_sdac.diffusion import GaussianDiffusion, cosine_betas, linear_betas
+from sb3_sdac.networks import CriticEnsemble, EnsembleLinear, NoisePredictor
+
+ARRAYS = np.load(Path(__file__).parent / "data" / "official_sdac.npz")
+OBS_DIM, ACTION_DIM, WIDTH, BATCH, N, K, T = ARRAYS["meta/obs_dim_act_dim_hidden_B_P_K_T"].tolist()
+ALPHA = float(ARRAYS["critic/alpha"])
+
+
+def array(name: str) -> th.Tensor:
+    """A reference array as a tensor; integers as int64."""
+    value = th.as_tensor(ARRAYS[name])
+    return value.long() if not value.is_floating_point() else value
+
+
+def assert_matches(found: th.Tensor | np.ndarray, name: str, atol: float = 2e-6, rtol: float = 2e-5) -> None:
+    np.testing.assert_allclose(np.asarray(found), ARRAYS[name], atol=atol, rtol=rtol, err_msg=name)
+
+
+def noise_predictor_layers(net: NoisePredictor) -> list[nn.Linear]:
+    """Linear layers in the order of the reference: time embedding, then trunk."""
+    return [module for module in [*net.time_mlp, net.first, *net.rest] if isinstance(module, nn.Linear)]
+
+
+def layer_name(index: int) -> str:
+    return "linear" if index == 0 else f"linear_{index}"
+
+
+def load_noise_predictor(net: NoisePredictor) -> None:
+    for index, layer in enumerate(noise_predictor_layers(net)):
+        layer.weight.data = array(f"actor/dacer_policy_net/{layer_name(index)}/w").T.contiguous()
+        layer.bias.data = array(f"actor/dacer_policy_net/{layer_name(index)}/b")
+
+
+def load_critics(critics: CriticEnsemble, names: tuple[str, str]) -> None:
+    layers = [module for module in [critics.first, *critics.rest] if isinstance(module, EnsembleLinear)]
+    for index, layer in enumerate(layers):
+        for kind, parameter in (("w", layer.weight), ("b", layer.bias)):
+            stacked = th.stack([array(f"{name}/q_net/{layer_name(index)}/{kind}") for name in names])
+            parameter.data = stacked.view(parameter.shape)
+
+
+class ReferenceEnv(__import__("gymnasium").Env):  # type: ignore[misc]
+    """Only its spaces matter: those of the reference arrays."""
+
+    observation_space = spaces.Box(-np.inf, np.inf, (OBS_DIM,))
+    action_space = spaces.Box(-1, 1, (ACTION_DIM,))
+
+
+def make_model(preset: dict[str, object]) -> SDAC:
+    model = SDAC(
+        "MlpPolicy",
+        ReferenceEnv(),
+        buffer_size=10,
+        policy_kwargs={"net_arch": [WIDTH] * 3, "n_critics": 2},
+        **{**preset, "n_particles": N, "n_reverse_samples": K},  # type: ignore[arg-type]
+    )
+    model.set_logger(configure(None, []))
+    load_noise_predictor(model.actor.noise_predictor)
+    load_critics(model.critic.q_networks, ("q1", "q2"))
+    load_critics(model.critic_target.q_networks, ("target_q1", "target_q2"))
+    model.policy.log_ent_coef.data.fill_(np.log(ALPHA))
+    return model
+
+
+@pytest.fixture
+def model() -> SDAC:
+    return make_model(PAPER_SDAC)
+
+
+@pytest.mark.parametrize(("name", "betas"), [("linear", linear_betas(T)), ("cosine", cosine_betas(T))])
+def test_schedule(name: str, betas: th.Tensor) -> None:
+    diffusion = GaussianDiffusion(betas)
+    # The schedules are float64 in the reference; betas are ours before rounding, the rest are float32 buffers
+    assert_matches(betas, f"schedule/{name}/betas", atol=0, rtol=1e-12)
+    assert_matches(th.cumprod(1 - betas, 0), f"schedule/{name}/alphas_cumprod", atol=0, rtol=1e-12)
+    assert_matches(diffusion.sqrt_alphas_cumprod.square(), f"schedule/{name}/alphas_cumprod", atol=0, rtol=1e-6)
+    assert_matches(diffusion.posterior_variance, f"schedule/{name}/posterior_variance", atol=0, rtol=1e-6)
+    assert_matches(diffusion.posterior_mean_coef_x_0, f"schedule/{name}/posterior_mean_coef1", atol=0, rtol=1e-6)
+    assert_matches(diffusion.posterior_mean_coef_x_t, f"schedule/{name}/posterior_mean_coef2", atol=0, rtol=1e-6)
+
+
+@th.no_grad()
+def test_networks(model: SDAC) -> None:
+    predicted = model.actor.predict_noise(model.actor.encode(array("obs")), array("net/x_t"), array("net/t").unsqueeze(1))
+    assert_matches(predicted, "net/noise_pred")
+    q_values = model.critic.q_values(model.critic.encode(array("obs")), array("actions"))
+    assert_matches(q_values[0], "net/q1")
+    assert_matches(q_values[1], "net/q2")
+
+
+@th.no_grad()
+def test_sampling_and_best_of_n(model: SDAC) -> None:
+    # Reference (N, B, A) and (T, N, B, A) -> ours (B, N, A) and (T, B, N, A)
+    x_T, step_noise = array("sample/x_T").transpose(0, 1), array("sample/step_noise").transpose(1, 2)
+    particles = model.actor.sample(model.actor.encode(array("next_obs")), x_T, step_noise)
+    # Rounding grows along 20 steps of up to 1 / sqrt(abar_19) = 1e3 each; clipping keeps it in bounds
+    assert_matches(particles.transpose(0, 1), "sample/particles", atol=2e-5)
+    encoded = model.critic.encode(array("next_obs"))
+    assert_matches(model.critic.min_q(encoded, particles).T, "sample/particle_q", atol=2e-5)
+    assert (model.critic.min_q(encoded, particles).argmax(1) == array("sample/best_index")).all()
+    assert_matches(model.policy.best_of(encoded, particles), "sample/best_action", atol=2e-5)
+
+
+class Draws:
+    """Stands in for torch's random numbers: hands out the reference's noise in the order in which an update draws it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.queue: list[th.Tensor] = []
+        for name in ("randn", "randn_like", "randint"):
+            monkeypatch.setattr(th, name, self.draw)
+        monkeypatch.setitem(sm.PROPOSALS, "clipped_normal", (sm.clipped_normal_candidates, self.draw))
+
+    def draw(self, *args: object, **kwargs: object) -> th.Tensor:
+        return self.queue.pop(0)
+
+
+def replay_data() -> ReplayBufferSamples:
+    columns = [array("obs"), array("actions"), array("next_obs"), array("dones"), array("rewards")]
+    observations, actions, next_observations, dones, rewards = columns
+    return ReplayBufferSamples(observations, actions, next_observations, dones.unsqueeze(1), rewards.unsqueeze(1), None)
+
+
+def test_td_target_and_critic_losses(model: SDAC, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next actions as the update draws them, and the critic loss that train() logs, for two critics together."""
+    draws = Draws(monkeypatch)
+    x_T, step_noise = array("sample/x_T").transpose(0, 1), array("sample/step_noise").transpose(1, 2)
+    draws.queue = [x_T / model.init_noise_scale, step_noise, array("critic/exploration_noise")]
+    with th.no_grad():
+        next_actions = model._sample_actions(array("next_obs"), model.critic.encode(array("next_obs")))
+    assert_matches(next_actions, "critic/next_actions", atol=2e-5)
+    assert next_actions.abs().max() > 1  # as the authors', not clipped
+
+    draws.queue = [x_T / model.init_noise_scale, step_noise, array("critic/exploration_noise")]
+    targets = []
+    original = model.critic.q_values
+
+    def record(encoded: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        targets.append(original(encoded, actions))
+        return targets[-1]
+
+    monkeypatch.setattr(model.replay_buffer, "sample", lambda *args, **kwargs: replay_data())
+    monkeypatch.setattr(model.critic, "q_values", record)
+    model._n_updates = 1  # neither actor nor temperature nor targets are stepped on this one
+    model.train(1)
+    losses = float(ARRAYS["critic/q1_loss"]) + float(ARRAYS["critic/q2_loss"])
+    assert model.logger.name_to_value["train/critic_loss"] == pytest.approx(losses, rel=2e-5)
+    # The same from the reference's own target: mean squared distance of each critic to it
+    current_q = targets[-1]
+    for index, name in enumerate(["critic/q1_loss", "critic/q2_loss"]):
+        assert_matches((current_q[index] - array("critic/target_q")).square().mean().detach(), name)
+
+
+def test_reverse_sampling(model: SDAC, monkeypatch: pytest.MonkeyPatch) -> None:
+    """x_t, candidates, weights, loss and the gradient of every actor array, through the update's own method."""
+    t = array("reverse/t").unsqueeze(1)
+    diffusion = model.actor.diffusion
+    x_t = diffusion.q_sample(array("reverse/a_0"), t, array("reverse/forward_noise"))
+    assert_matches(x_t, "reverse/x_t")
+    x_0, _ = sm.clipped_normal_candidates(diffusion, array("reverse/x_t"), t, array("reverse/noise"))
+    # At t = 19 x_0 is the difference of two numbers of size 1e3, then clipped
+    assert_matches(x_0, "reverse/x_0", atol=2e-4)
+    with th.no_grad():
+        q_values = model.critic.min_q(model.critic.encode(array("obs")), array("reverse/x_0"))
+    # The authors multiply Q by 5 / alpha; our temperature is alpha times the reward scale of 0.2
+    assert_matches(sm.softmax_weights(q_values, model.reward_scale * ALPHA), "reverse/weights")
+
+    draws = Draws(monkeypatch)
+    draws.queue = [t, array("reverse/forward_noise"), array("reverse/noise")]
+    monkeypatch.setattr(model, "_sample_actions", lambda *args: array("reverse/a_0"))
+    loss, _ = model._score_matching_loss(replay_data(), th.empty(0), th.empty(0))
+    assert_matches(loss.detach(), "reverse/loss", rtol=5e-5)
+    loss.backward()
+    check_gradients(model, "reverse")
+
+
+def test_mirror_descent(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(PAPER_DPMD)
+    model.q_running_mean, model.q_running_std = array("mirror/running_mean"), array("mirror/running_std")
+    draws = Draws(monkeypatch)
+    draws.queue = [array("mirror/t").unsqueeze(1), array("mirror/noise")]
+    next_actions = array("critic/next_actions")
+    with th.no_grad():
+        encoded = model.critic.encode(array("next_obs"))
+        q_values = model.critic.min_q(encoded, next_actions).unsqueeze(1)
+    weights = sm.mirror_descent_weights(q_values, array("mirror/running_mean"), array("mirror/running_std"), ALPHA)
+    assert_matches(weights.squeeze(1), "mirror/weights")
+    loss, _ = model._score_matching_loss(replay_data(), next_actions, encoded)
+    assert_matches(loss.detach(), "mirror/loss", rtol=5e-5)
+    loss.backward()
+    check_gradients(model, "mirror")
+
+
+def check_gradients(model: SDAC, kind: str) -> None:
+    for index, layer in enumerate(noise_predictor_layers(model.actor.noise_predictor)):
+        assert layer.weight.grad is not None and layer.bias.grad is not None
+        prefix = f"{kind}/grad/dacer_policy_net/{layer_name(index)}"
+        scale = float(np.abs(ARRAYS[f"{prefix}/w"]).max())
+        assert_matches(layer.weight.grad.T, f"{prefix}/w", atol=1e-5 * scale, rtol=1e-4)
+        assert_matches(layer.bias.grad, f"{prefix}/b", atol=1e-5 * scale, rtol=1e-4)
+
+
+@pytest.mark.parametrize("action_dim", [1, 3])
+def test_alpha_curve(action_dim: int) -> None:
+    env = ReferenceEnv()
+    env.action_space = spaces.Box(-1, 1, (action_dim,))
+    model = SDAC("MlpPolicy", env, buffer_size=10, policy_kwargs={"net_arch": [4]}, **PAPER_SDAC)
+    assert model.ent_coef_optimizer is not None
+    model.policy.double()
+    alphas = [model.ent_coef_tensor.item()]
+    for _ in range(800):
+        model._step_paper_temperature(model.ent_coef_optimizer)
+        alphas.append(model.ent_coef_tensor.item())
+    # The reference ran in float32: 800 steps of 7e-3, each rounded
+    assert_matches(np.array(alphas), f"alpha/trajectory_dim{action_dim}", rtol=1e-4)
+
+
+def test_actor_learning_rate(model: SDAC) -> None:
+    rates = []
+    for n_updates in ARRAYS["policy_lr/at_actor_update"].tolist():
+        model._n_actor_updates = n_updates
+        model._decay_actor_learning_rate()
+        rates.append(model.actor.optimizer.param_groups[0]["lr"])
+    assert_matches(np.array(rates), "policy_lr/value", atol=0, rtol=1e-6)

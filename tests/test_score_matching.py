@@ -1,0 +1,233 @@
+"""Candidates, weights, targets and temperature against closed forms."""
+
+import math
+
+import pytest
+import torch as th
+
+from sb3_sdac import score_matching as sm
+from sb3_sdac.diffusion import GaussianDiffusion, cosine_betas, linear_betas
+from sb3_sdac.networks import Mish, NoisePredictor
+
+T = 20
+MU, SIGMA = 0.2, 0.15  # of Q = -(x - MU)^2 / (2 SIGMA^2): at temperature 1 the policy is N(MU, SIGMA^2)
+
+
+@pytest.fixture
+def diffusion() -> GaussianDiffusion:
+    return GaussianDiffusion(linear_betas(T))
+
+
+def quadratic_q(x: th.Tensor) -> th.Tensor:
+    return -((x - MU) ** 2).sum(dim=-1) / (2 * SIGMA**2)
+
+
+def posterior_mean_noise(diffusion: GaussianDiffusion, x_t: float, t: int) -> float:
+    """E[noise | x_t] when x_0 ~ N(MU, SIGMA^2), without a box: linear regression of two jointly normal variables."""
+    signal, noise = diffusion.sqrt_alphas_cumprod[t].item(), diffusion.sqrt_one_minus_alphas_cumprod[t].item()
+    return noise * (x_t - signal * MU) / (signal**2 * SIGMA**2 + noise**2)
+
+
+def weighted_noise(x_0: th.Tensor, noise: th.Tensor) -> tuple[float, float]:
+    """The target and its standard error (delta method for a self-normalised estimate)."""
+    weights = sm.softmax_weights(quadratic_q(x_0), 1.0)
+    target = sm.expected_noise(noise, weights)
+    error = (weights.unsqueeze(-1) * (noise - target.unsqueeze(1))).square().sum().sqrt()
+    return target.item(), error.item()
+
+
+@pytest.mark.parametrize("t", [2, 5, 8, 12])
+@pytest.mark.parametrize("proposal", list(sm.PROPOSALS))
+def test_weighted_noise_is_the_posterior_mean(diffusion: GaussianDiffusion, proposal: str, t: int) -> None:
+    # At the mean of x_t, MU and SIGMA keep x_0 away from the box's faces, so the box changes nothing
+    x_t = diffusion.sqrt_alphas_cumprod[t].item() * MU + 0.1
+    propose, draw = sm.PROPOSALS[proposal]
+    random_numbers = draw((1, 200_000, 1), generator=th.Generator().manual_seed(t))
+    x_0, noise = propose(diffusion, th.tensor([[x_t]]), th.tensor([[t]]), random_numbers)
+    target, error = weighted_noise(x_0, noise)
+    assert error < 0.01
+    assert target == pytest.approx(posterior_mean_noise(diffusion, x_t, t), abs=4 * error + 1e-3)
+
+
+@pytest.mark.parametrize("t", [0, 1, 2, 5, 8])
+def test_gradient_noise_is_the_posterior_mean(diffusion: GaussianDiffusion, t: int) -> None:
+    """The target score identity gives the same expectation, with the smaller variance where the noise is low."""
+    n = 100_000
+    x_t = diffusion.sqrt_alphas_cumprod[t].item() * MU + 0.1
+    generator = th.Generator().manual_seed(t)
+    steps = th.tensor([[t]])
+    x_0, noise = sm.truncated_normal_candidates(
+        diffusion, th.tensor([[x_t]]), steps, th.rand((1, n, 1), generator=generator)
+    )
+    weights = sm.softmax_weights(quadratic_q(x_0), 1.0)
+    target = sm.gradient_noise(quadratic_q, diffusion, steps, x_0, weights, 1.0, th.rand((1, n), generator=generator))
+    exact = posterior_mean_noise(diffusion, x_t, t)
+    # Standard deviation of sigma_t grad Q over the posterior of x_0, n points of n resampled candidates
+    sigma_t = diffusion.noise_to_signal[t].item()
+    posterior_std = 1 / math.sqrt(1 / SIGMA**2 + 1 / sigma_t**2)
+    error = sigma_t * posterior_std / SIGMA**2 * math.sqrt(2 / n)
+    assert target.item() == pytest.approx(exact, abs=5 * error + 1e-4)
+
+
+def test_temperature_divides_q(diffusion: GaussianDiffusion) -> None:
+    """Q and temperature scaled together leave both targets as they are."""
+    t = th.tensor([[6], [3]])
+    x_0, noise = sm.truncated_normal_candidates(diffusion, th.zeros(2, 3), t, th.rand(2, 8, 3))
+    uniform = th.rand(2, 4)
+    targets = []
+    for scale in (1.0, 100.0):
+        q = lambda x, scale=scale: scale * quadratic_q(x)  # noqa: E731
+        weights = sm.softmax_weights(q(x_0), scale)
+        targets.append([sm.expected_noise(noise, weights), sm.gradient_noise(q, diffusion, t, x_0, weights, scale, uniform)])
+    th.testing.assert_close(targets[0], targets[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("t", range(T))
+def test_truncated_candidates(diffusion: GaussianDiffusion, t: int) -> None:
+    """Inside the box, consistent with their noise, and distributed as a truncated normal."""
+    n = 20_000
+    generator = th.Generator().manual_seed(0)
+    x_t = diffusion.q_sample(th.tensor([[0.9, -0.5]]), t, th.tensor([[1.5, -3.0]]))
+    steps = th.tensor([[t]])
+    x_0, noise = sm.truncated_normal_candidates(diffusion, x_t, steps, th.rand((1, n, 2), generator=generator))
+    assert x_0.abs().max() <= 1
+    implied = diffusion.predict_x_0(x_t.unsqueeze(1), steps.unsqueeze(1), noise)
+    scale = diffusion.sqrt_recip_alphas_cumprod[t].item() * (1 + x_t.abs().max().item())
+    assert (implied - x_0).abs().max() < 20 * th.finfo(th.float32).eps * scale
+    # Against numerical integration of N(x_0; x_t / sqrt(abar), sigma_t^2) over the box, in float64
+    grid = th.linspace(-1, 1, 20_001, dtype=th.float64).unsqueeze(1)
+    centre = (diffusion.sqrt_recip_alphas_cumprod[t] * x_t).double()
+    density = th.softmax(-((grid - centre) ** 2) / (2 * diffusion.noise_to_signal[t].double() ** 2), dim=0)
+    mean = (density * grid).sum(0)
+    std = (density * (grid - mean) ** 2).sum(0).sqrt()
+    error = 4 * std / math.sqrt(n) + 1e-5 * scale
+    assert ((x_0[0].mean(0) - mean).abs() < error).all()
+
+
+def test_clipped_candidates_keep_their_noise(diffusion: GaussianDiffusion) -> None:
+    noise = th.randn(4, 8, 2)
+    t = th.tensor([[0], [5], [10], [19]])
+    x_0, kept = sm.clipped_normal_candidates(diffusion, th.zeros(4, 2), t, noise)
+    assert kept is noise
+    assert x_0.abs().max() == 1 and (x_0[0].abs() < 1).all()
+
+
+def test_weights() -> None:
+    q_values = th.tensor([[1.0, 2.0, 4.0], [0.0, 0.0, 0.0]])
+    weights = sm.softmax_weights(q_values, 2.0)
+    by_hand = [math.exp(q / 2) for q in (1.0, 2.0, 4.0)]
+    assert weights[0].tolist() == pytest.approx([w / sum(by_hand) for w in by_hand])
+    assert weights[1].tolist() == pytest.approx([1 / 3] * 3)
+    th.testing.assert_close(sm.softmax_weights(q_values + 7, 2.0), weights)
+    assert sm.softmax_weights(q_values, 1e-3)[0].tolist() == pytest.approx([0, 0, 1])
+    assert sm.softmax_weights(q_values, 1e6)[0].tolist() == pytest.approx([1 / 3] * 3, abs=1e-5)
+
+
+def test_effective_sample_size() -> None:
+    weights = th.tensor([[1.0, 0, 0, 0], [0.5, 0.5, 0, 0], [0.25] * 4])
+    assert sm.effective_sample_size(weights).tolist() == pytest.approx([1, 2, 4])
+
+
+def test_solve_temperature_closed_form() -> None:
+    """With Q in {0, 1}, half each, and w = e^(1/lambda): ESS = K/2 (1 + w)^2 / (1 + w^2), solved for w."""
+    n_candidates, target = 16, 12.0
+    q_values = th.tensor([[0.0, 1.0]]).repeat(5, n_candidates // 2)
+    ratio = 2 * target / n_candidates  # (1 + w)^2 = ratio (1 + w^2)
+    w = (1 + math.sqrt(1 - (ratio - 1) ** 2)) / (ratio - 1)
+    for scale in (1e-3, 1.0, 1e5):
+        found = sm.solve_temperature(scale * q_values + 3, target).item()
+        assert found == pytest.approx(scale / math.log(w), rel=1e-3 if scale == 1e-3 else 1e-4)
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.3, 0.9])
+def test_solve_temperature_hits_the_target(fraction: float) -> None:
+    q_values = th.randn(64, 32, generator=th.Generator().manual_seed(0)).cumsum(0)
+    temperature = sm.solve_temperature(q_values, fraction * 32)
+    ess = sm.effective_sample_size(sm.softmax_weights(q_values, temperature)).mean()
+    assert ess.item() == pytest.approx(fraction * 32, rel=1e-3)
+
+
+def test_solve_temperature_survives_a_flat_q() -> None:
+    temperature = sm.solve_temperature(th.ones(4, 8), 3.0)
+    assert temperature > 0
+    assert sm.softmax_weights(th.ones(4, 8), temperature).isfinite().all()
+
+
+def test_no_gradient_reaches_q_or_the_weights(diffusion: GaussianDiffusion) -> None:
+    critic = th.nn.Linear(2, 1)
+    x_0, noise = sm.truncated_normal_candidates(diffusion, th.zeros(3, 2), th.full((3, 1), 2), th.rand(3, 8, 2))
+    with th.no_grad():
+        weights = sm.softmax_weights(critic(x_0).squeeze(-1), 1.0)
+    target = sm.gradient_noise(
+        lambda x: critic(x).squeeze(-1), diffusion, th.full((3, 1), 2), x_0, weights, 1.0, th.rand(3, 4)
+    )
+    assert not target.requires_grad
+    assert critic.weight.grad is None
+    # A linear Q has the same gradient everywhere
+    th.testing.assert_close(target, (-diffusion.noise_to_signal[2] * critic.weight).expand(3, 2).detach())
+
+
+def test_one_prediction_has_the_gradient_of_k_predictions() -> None:
+    generator = th.Generator().manual_seed(0)
+    noise = th.randn(6, 9, 2, generator=generator, dtype=th.float64)
+    weights = th.softmax(th.randn(6, 9, generator=generator, dtype=th.float64), -1)
+    predicted = th.randn(6, 2, generator=generator, dtype=th.float64, requires_grad=True)
+    per_candidate = sum(sm.denoising_loss(predicted, noise[:, k], weights[:, k, None]) for k in range(9)) / 9
+    assert isinstance(per_candidate, th.Tensor)
+    together = sm.denoising_loss(predicted.unsqueeze(1), noise, weights.unsqueeze(-1))
+    mean_noise = sm.denoising_loss(predicted, sm.expected_noise(noise, weights)) / 9
+    assert together.item() == pytest.approx(per_candidate.item())
+    gradients = [th.autograd.grad(loss, predicted)[0] for loss in (per_candidate, together, mean_noise)]
+    th.testing.assert_close(gradients[1], gradients[0])
+    th.testing.assert_close(gradients[2], gradients[0])
+
+
+def test_gradient_share(diffusion: GaussianDiffusion) -> None:
+    share = sm.gradient_share(diffusion, th.arange(T).unsqueeze(1)).squeeze(1)
+    assert (share.diff() < 0).all() and share[0] > 0.99 and share[-1] < 1e-3
+    t = 4
+    assert share[t].item() == pytest.approx(1 / (1 + (diffusion.noise_to_signal[t].item() / 0.5) ** 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gradient_assisted", [False, True])
+def test_both_modes_of_q_are_learned(gradient_assisted: bool) -> None:
+    """
+    exp(Q) with 70 % of its mass around -0.6 and 30 % around 0.5: a small noise predictor samples both, at their shares.
+
+    Even with the exact denoiser, 20 ancestral steps pull the modes' means in to -0.59 and 0.48.
+    """
+    th.manual_seed(0)
+    diffusion = GaussianDiffusion(cosine_betas(T), eta=1.0)
+
+    def q_function(x: th.Tensor) -> th.Tensor:
+        left, right = math.log(0.7) - (x + 0.6) ** 2 / 0.02, math.log(0.3) - (x - 0.5) ** 2 / 0.02
+        return th.logaddexp(left, right).squeeze(-1)
+
+    net = NoisePredictor(1, 1, T, [64, 64], Mish)
+    optimizer = th.optim.Adam(net.parameters(), lr=3e-3)
+    features, batch_size = th.zeros(1, 1), 256
+    for _ in range(1500):
+        t = th.randint(T, (batch_size, 1))
+        x_t = diffusion.q_sample(2 * th.rand(batch_size, 1) - 1, t, th.randn(batch_size, 1))
+        x_0, noise = sm.truncated_normal_candidates(diffusion, x_t, t, th.rand(batch_size, 64, 1))
+        weights = sm.softmax_weights(q_function(x_0), 1.0)
+        target = sm.expected_noise(noise, weights)
+        if gradient_assisted:
+            # Modes of width 0.1 make Q steep: with four points, the gradient pays off at lower noise than by default
+            assisted = sm.gradient_noise(q_function, diffusion, t, x_0, weights, 1.0, th.rand(batch_size, 4))
+            target = target.lerp(assisted, sm.gradient_share(diffusion, t, crossover=0.1))
+        loss = sm.denoising_loss(net(net.encode(features), x_t, net.encode_time()[t.squeeze(1)]), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with th.no_grad():
+        encoded, encoded_t = net.encode(features), net.encode_time()
+        samples = diffusion.sample(
+            lambda x_t, t: net(encoded, x_t, encoded_t[t]), th.randn(4000, 1), th.randn(T, 4000, 1)
+        ).squeeze(1)
+    left = samples < 0
+    assert left.float().mean().item() == pytest.approx(0.7, abs=0.08)
+    assert samples[left].mean().item() == pytest.approx(-0.6, abs=0.05)
+    assert samples[~left].mean().item() == pytest.approx(0.5, abs=0.05)
+    assert (samples[left] + 0.6).abs().mean() < 0.12  # 0.08 for the exact density
