@@ -686,9 +686,6 @@ class SDAC(OffPolicyAlgorithm):
         if self.score_matching != "mirror_descent":
             enough = _is_count(self.n_reverse_samples, at_least=2)
             _check("n_reverse_samples", self.n_reverse_samples, enough, "an integer of at least 2 (the weight of a single one is always 1)")
-            lowest = 1 / self.n_reverse_samples
-            in_range = _is_number(self.target_ess) and lowest < self.target_ess < 1
-            _check("target_ess", self.target_ess, in_range, f"a fraction of n_reverse_samples, between {lowest:g} and 1")
         for name in ["init_noise_scale", "reward_scale"]:
             value = getattr(self, name)
             _check(name, value, _is_number(value) and value > 0, "a positive number")
@@ -703,8 +700,12 @@ class SDAC(OffPolicyAlgorithm):
         _check(
             "ent_coef", self.ent_coef, _is_ent_coef(self.ent_coef), "a positive number, 'auto', 'auto_<number>', 'paper' or 'paper_<number>'"
         )
-        if str(self.ent_coef).startswith("auto") and self.score_matching == "mirror_descent":
-            raise ValueError("ent_coef='auto' needs reverse samples; give a number or 'paper' with score_matching='mirror_descent'")
+        if str(self.ent_coef).startswith("auto"):
+            if self.score_matching == "mirror_descent":
+                raise ValueError("ent_coef='auto' needs reverse samples; with score_matching='mirror_descent' give a number or 'paper'")
+            lowest = 1 / self.n_reverse_samples
+            in_range = _is_number(self.target_ess) and lowest < self.target_ess < 1
+            _check("target_ess", self.target_ess, in_range, f"a fraction of n_reverse_samples, between {lowest:g} and 1")
         paper = isinstance(self.ent_coef, str) and self.ent_coef.startswith("paper")
         if paper and self.exploration_noise == 0:
             raise ValueError("ent_coef='paper' is derived from the entropy of the exploration noise: exploration_noise must be positive")

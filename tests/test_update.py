@@ -1,0 +1,283 @@
+"""One update on a batch made by hand: targets, losses, who learns from what, delays and the temperature."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
+from torch import nn
+
+from sb3_sdac import PAPER_SDAC, SDAC
+from sb3_sdac import score_matching as sm
+
+B = 8
+
+
+def make_model(**kwargs: Any) -> SDAC:
+    defaults: dict[str, Any] = {
+        "n_diffusion_steps": 5,
+        "n_sampling_steps": 2,
+        "n_particles": 2,
+        "n_reverse_samples": 4,
+        "buffer_size": 100,
+        "seed": 0,
+        "policy_kwargs": {"net_arch": [16]},
+    }
+    model = SDAC("MlpPolicy", "Pendulum-v1", **{**defaults, **kwargs})
+    model.set_logger(configure(None, []))
+    return model
+
+
+def batch(discounts: th.Tensor | None = None) -> ReplayBufferSamples:
+    generator = th.Generator().manual_seed(0)
+    observations, next_observations = th.randn(2, B, 3, generator=generator)
+    actions, rewards = 2 * th.rand(2, B, 1, generator=generator) - 1
+    dones = th.tensor([[0.0], [1.0]]).repeat(B // 2, 1)
+    return ReplayBufferSamples(observations, actions, next_observations, dones, rewards, discounts)
+
+
+def give_batch(model: SDAC, monkeypatch: pytest.MonkeyPatch, data: ReplayBufferSamples) -> None:
+    monkeypatch.setattr(model.replay_buffer, "sample", lambda *args, **kwargs: data)
+
+
+def snapshot(module: nn.Module) -> list[th.Tensor]:
+    return [parameter.detach().clone() for parameter in module.parameters()]
+
+
+def changed(before: list[th.Tensor], module: nn.Module) -> bool:
+    return any(not th.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("discounts", [None, th.linspace(0.1, 0.9, B).unsqueeze(1)])
+def test_td_target_by_hand(monkeypatch: pytest.MonkeyPatch, discounts: th.Tensor | None) -> None:
+    """y = scale r + (1 - done) discount min_c Q_target(s', a'), and the loss sums the critics' mean squared errors."""
+    model = make_model(gamma=0.9, reward_scale=0.5)
+    data = batch(discounts)
+    next_actions = th.linspace(-1, 1, B).unsqueeze(1)
+    monkeypatch.setattr(model, "_sample_actions", lambda *args: next_actions)
+    give_batch(model, monkeypatch, data)
+    with th.no_grad():
+        next_q = th.cat(model.critic_target(data.next_observations, next_actions), dim=1).min(dim=1).values
+        current_q = model.critic(data.observations, data.actions)
+    loss = 0.0
+    for q_values in current_q:
+        for i in range(B):
+            discount = 0.9 if discounts is None else discounts[i].item()
+            target = 0.5 * data.rewards[i].item() + (1 - data.dones[i].item()) * discount * next_q[i].item()
+            loss += (q_values[i].item() - target) ** 2 / B
+    model.train(1)
+    assert model.logger.name_to_value["train/critic_loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_reward_scale_and_temperature_cancel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With Q proportional to the scaled rewards, the weights do not depend on the scale: ent_coef has the reward's unit."""
+    weights = []
+    for scale in (0.2, 20.0):
+        model = make_model(reward_scale=scale, ent_coef=0.7, score_matching="reverse_sampling")
+        monkeypatch.setattr(model.critic, "min_q", lambda encoded, actions, scale=scale: scale * actions.sum(-1))
+        seen: list[th.Tensor] = []
+        original = sm.softmax_weights
+        monkeypatch.setattr(sm, "softmax_weights", lambda *args, seen=seen, f=original: seen.append(f(*args)) or seen[-1])
+        th.manual_seed(0)
+        model._score_matching_loss(batch(), th.zeros(B, 1), th.zeros(0))
+        monkeypatch.setattr(sm, "softmax_weights", original)
+        weights.append(seen[0])
+    th.testing.assert_close(weights[0], weights[1])
+
+
+@pytest.mark.parametrize("score_matching", ["reverse_sampling", "gradient_assisted", "mirror_descent"])
+def test_actor_loss_touches_the_actor_only(score_matching: str) -> None:
+    model = make_model(score_matching=score_matching, ent_coef=1.0)
+    data = batch()
+    encoded = model.critic.encode(data.next_observations).detach()
+    loss, _ = model._score_matching_loss(data, th.zeros(B, 1), encoded)
+    loss.backward()
+    assert all(parameter.grad is None for parameter in [*model.critic.parameters(), *model.critic_target.parameters()])
+    assert all(parameter.grad is not None for parameter in model.actor.noise_predictor.parameters())
+
+
+def test_critic_loss_touches_the_critic_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(policy_delay=2)
+    give_batch(model, monkeypatch, batch())
+    model._n_updates = 1  # no actor step on this one
+    actor, critic = snapshot(model.actor), snapshot(model.critic)
+    model.train(1)
+    assert not changed(actor, model.actor) and changed(critic, model.critic)
+    assert all(parameter.grad is None for parameter in model.actor.parameters())
+
+
+def test_delays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the authors' code, what is delayed happens on update 0, then on every n-th."""
+    model = make_model(policy_delay=3, target_update_interval=2, average_actor=True)
+    assert model.actor_target is not None
+    give_batch(model, monkeypatch, batch())
+    happened: dict[str, list[int]] = {"actor": [], "critic": [], "critic_target": [], "actor_target": []}
+    for update in range(7):
+        before = {name: snapshot(getattr(model, name)) for name in happened}
+        model.train(1)
+        for name, updates in happened.items():
+            if changed(before[name], getattr(model, name)):
+                updates.append(update)
+    assert happened["actor"] == [0, 3, 6]
+    assert happened["critic"] == list(range(7))
+    assert happened["critic_target"] == [0, 2, 4, 6]
+    assert happened["actor_target"] == [0, 2, 4, 6]
+    assert (model._n_updates, model._n_actor_updates) == (7, 3)
+
+
+def test_targets_are_polyak_averages(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(tau=0.25, average_actor=True)
+    assert model.actor_target is not None
+    give_batch(model, monkeypatch, batch())
+    before = {name: snapshot(getattr(model, name)) for name in ("critic_target", "actor_target")}
+    model.train(1)
+    for target_name, name in (("critic_target", "critic"), ("actor_target", "actor")):
+        online = getattr(model, name).parameters()
+        for old, new, target in zip(before[target_name], online, getattr(model, target_name).parameters(), strict=True):
+            th.testing.assert_close(target.data, 0.75 * old + 0.25 * new.data)
+
+
+def test_critic_steps_repeat_the_same_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Official DPMD steps Adam twice with one gradient: from rest, each of Adam's first steps moves by the learning rate."""
+    moves = []
+    for critic_steps in (1, 2):
+        model = make_model(critic_steps=critic_steps, qf_learning_rate=1e-3)
+        give_batch(model, monkeypatch, batch())
+        bias = model.critic.q_networks.rest[-1].bias
+        before = bias.detach().clone()
+        model.train(1)
+        moves.append((bias - before).abs().max().item())
+    assert moves[0] == pytest.approx(1e-3, rel=1e-3)
+    assert moves[1] == pytest.approx(2e-3, rel=1e-3)
+
+
+def test_score_target_sees_the_critics_before_their_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    give_batch(model, monkeypatch, batch())
+    before = snapshot(model.critic)
+    original = model._score_matching_loss
+    unchanged = []
+
+    def spy(*args: Any) -> tuple[th.Tensor, th.Tensor]:
+        unchanged.append(not changed(before, model.critic))
+        return original(*args)
+
+    monkeypatch.setattr(model, "_score_matching_loss", spy)
+    model.train(1)
+    assert unchanged == [True] and changed(before, model.critic)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_actions_of_the_update_are_clipped_on_demand(clip: bool) -> None:
+    model = make_model(clip_target_actions=clip, exploration_noise=2.0)
+    observations = batch().next_observations
+    with th.no_grad():
+        actions = model._sample_actions(observations, model.critic.encode(observations))
+    assert (actions.abs().max() <= 1) == clip
+
+
+def test_n_target_particles(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(n_particles=2, n_target_particles=3)
+    drawn: list[int] = []
+    original = model.actor.draw_noise
+    monkeypatch.setattr(model.actor, "draw_noise", lambda b, n: drawn.append(n) or original(b, n))
+    give_batch(model, monkeypatch, batch())
+    model.train(1)
+    model.predict(np.zeros(3, dtype=np.float32))
+    assert drawn == [3, 2]
+
+
+def test_data_temperature_hits_its_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the first batch the logged effective sample size is the one asked for; an initial value is approached instead."""
+    model = make_model(target_ess=0.5, n_reverse_samples=16)
+    give_batch(model, monkeypatch, batch())
+    model.train(1)
+    assert model.logger.name_to_value["train/reverse_ess"] == pytest.approx(8.0, rel=1e-3)
+
+    slow = make_model(target_ess=0.5, n_reverse_samples=16, ent_coef="auto_100.0")
+    give_batch(slow, monkeypatch, batch())
+    slow.train(1)
+    assert slow.log_ent_coef is not None
+    solution = model.ent_coef_tensor.item()
+    assert slow.log_ent_coef.item() == pytest.approx(0.95 * math.log(100) + 0.05 * math.log(solution), rel=1e-3)
+
+
+def test_data_temperature_is_free_of_the_reward_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Q times c gives the same weights and a coefficient times c."""
+    coefficients = []
+    for scale in (1.0, 100.0):
+        model = make_model()
+        data = batch()
+        encoded = model.critic.encode(data.next_observations).detach()
+        original = model.critic.min_q
+        monkeypatch.setattr(model.critic, "min_q", lambda e, a, scale=scale, f=original: scale * f(e, a))
+        th.manual_seed(0)
+        loss, ess = model._score_matching_loss(data, th.zeros(B, 1), encoded)
+        coefficients.append((model.ent_coef_tensor.item(), loss.item(), ess.item()))
+    assert coefficients[1][0] == pytest.approx(100 * coefficients[0][0], rel=1e-4)
+    assert coefficients[1][1:] == pytest.approx(coefficients[0][1:], rel=1e-3)
+
+
+def test_fixed_coefficient_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(ent_coef=0.3)
+    give_batch(model, monkeypatch, batch())
+    model.train(3)
+    assert model.ent_coef_tensor.item() == pytest.approx(0.3)
+    assert model.log_ent_coef is None
+
+
+@pytest.mark.parametrize(("ent_coef", "target_per_dim"), [("paper", 0.9), ("paper_1.5", 1.5)])
+def test_paper_temperature(monkeypatch: pytest.MonkeyPatch, ent_coef: str, target_per_dim: float) -> None:
+    """It starts at 5, moves on updates 0, 250, ... only, and tends to exp(-target) / sqrt(2 pi e) / 0.1 whatever the data."""
+    model = make_model(**{**PAPER_SDAC, "n_sampling_steps": 2, "n_particles": 1, "n_reverse_samples": 2, "ent_coef": ent_coef})
+    assert model.ent_coef_tensor.item() == pytest.approx(5)
+    give_batch(model, monkeypatch, batch())
+    values = []
+    for _ in range(252):
+        model.train(1)
+        values.append(model.ent_coef_tensor.item())
+    assert np.flatnonzero(np.diff(values)).tolist() == [249]  # between the updates 249 and 250
+    assert values[0] == pytest.approx(5 * math.exp(-7e-3), rel=1e-4)  # Adam's first step is its learning rate
+    assert model.ent_coef_optimizer is not None
+    for _ in range(1500):
+        model._step_paper_temperature(model.ent_coef_optimizer)
+    fixed_point = math.exp(-target_per_dim) / math.sqrt(2 * math.pi * math.e) / 0.1
+    assert model.ent_coef_tensor.item() == pytest.approx(fixed_point, rel=1e-3)
+    if ent_coef == "paper":
+        assert fixed_point == pytest.approx(0.984, abs=1e-3)
+
+
+def test_mirror_descent_statistics_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(score_matching="mirror_descent", ent_coef=1.0)
+    data = batch()
+    encoded = model.critic.encode(data.next_observations).detach()
+    actions = th.linspace(-1, 1, B).unsqueeze(1)
+    q_values = model.critic.min_q(encoded, actions)
+    model._score_matching_loss(data, actions, encoded)
+    assert model.q_running_mean.item() == pytest.approx(1e-3 * q_values.mean().item(), rel=1e-4)
+    assert model.q_running_std.item() == pytest.approx(1 + 1e-3 * (q_values.std(correction=0).item() - 1), rel=1e-6)
+
+
+def test_one_noise_prediction_per_actor_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No redundant work: the noise predictor runs once per sampling step and once for the loss, not once per candidate."""
+    model = make_model(n_sampling_steps=3, n_reverse_samples=16)
+    give_batch(model, monkeypatch, batch())
+    rows: list[int] = []
+    model.actor.noise_predictor.register_forward_hook(lambda module, args, output: rows.append(output.numel()))
+    model.train(1)
+    assert rows == [2 * B] * 3 + [B]
+    rows.clear()
+    model.train(1)  # the actor is not stepped on this one
+    assert rows == [2 * B] * 3
+
+
+def test_learning_rates_follow_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(learning_rate=lambda progress: 1e-3 * progress, qf_learning_rate=lambda progress: 2e-3 * progress)
+    give_batch(model, monkeypatch, batch())
+    model._current_progress_remaining = 0.25
+    model.train(1)
+    assert model.logger.name_to_value["train/learning_rate"] == pytest.approx(2.5e-4)
+    assert model.logger.name_to_value["train/qf_learning_rate"] == pytest.approx(5e-4)
