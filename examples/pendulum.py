@@ -1,0 +1,15 @@
+"""Train on Pendulum-v1, save, load, evaluate. Takes a few minutes on a laptop; expect about -150 +/- 80."""
+
+import gymnasium as gym
+from stable_baselines3.common.evaluation import evaluate_policy
+
+from sb3_sdac import SDAC
+
+env = gym.make("Pendulum-v1")
+model = SDAC("MlpPolicy", env, learning_rate=1e-3, learning_starts=500, policy_kwargs={"net_arch": [64, 64]}, verbose=1)
+model.learn(8_000, progress_bar=True)
+model.save("sdac_pendulum")
+
+model = SDAC.load("sdac_pendulum", env=env)
+mean_return, std_return = evaluate_policy(model, model.get_env(), n_eval_episodes=10)
+print(f"{mean_return:.0f} +/- {std_return:.0f}")

@@ -1,0 +1,117 @@
+"""What is shipped, what it costs at start-up, and which module may import which."""
+
+import ast
+import os
+import py_compile
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import sb3_sdac
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "sb3_sdac"
+#: Each may import the ones before it
+LAYERS = ["diffusion", "score_matching", "networks", "policies", "sdac", "zoo"]
+DATA = ["sb3_sdac/py.typed", "sb3_sdac/version.txt", "sb3_sdac/hyperparams/sdac.yml", "sb3_sdac/hyperparams/sdac_paper.yml"]
+HOOK = ["sb3_sdac_zoo_hook.pth", "sb3_sdac_zoo_hook.py"]
+
+
+def imported_modules(path: Path) -> set[str]:
+    """The full names in the import statements of a file, wherever they stand."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module is not None, f"relative import in {path}"
+            # `from sb3_sdac import zoo` imports sb3_sdac.zoo
+            names |= {f"{node.module}.{alias.name}" if node.module == "sb3_sdac" else node.module for alias in node.names}
+    return names
+
+
+def run_python(code: str, *options: str) -> str:
+    """What a fresh interpreter prints."""
+    return subprocess.run([sys.executable, *options, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT).stdout
+
+
+def test_version_and_public_names():
+    assert sb3_sdac.__version__ == (PACKAGE / "version.txt").read_text(encoding="utf-8").strip()
+    assert all(hasattr(sb3_sdac, name) for name in sb3_sdac.__all__)
+
+
+@pytest.mark.parametrize("module", ["diffusion", "score_matching"])
+def test_maths_imports_torch_and_standard_library_only(module):
+    packages = {name.split(".")[0] for name in imported_modules(PACKAGE / f"{module}.py")}
+    assert packages <= {"torch", "sb3_sdac"} | sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("module", LAYERS)
+def test_imports_point_one_way(module):
+    allowed = {f"sb3_sdac.{layer}" for layer in LAYERS[: LAYERS.index(module)]}
+    own = {name for name in imported_modules(PACKAGE / f"{module}.py") if name.startswith("sb3_sdac.")}
+    # `python -m sb3_sdac.zoo` imports itself by its full name
+    assert own - {f"sb3_sdac.{module}.main"} - ({"sb3_sdac.zoo"} if module == "zoo" else set()) <= allowed
+
+
+def test_every_module_has_a_layer():
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {*LAYERS, "__init__"}
+
+
+def test_import_leaves_rl_zoo3_alone():
+    assert run_python("import sys, sb3_sdac; print([name for name in sys.modules if name.startswith('rl_zoo3')])") == "[]\n"
+
+
+def test_hook_costs_nothing_and_is_silent(tmp_path):
+    # -S: without site-packages, so that neither rl_zoo3 nor an installed hook is there. With them, Python itself imports os.
+    code = f"""
+import os, sys, time
+sys.path.insert(0, {str(tmp_path)!r})
+before, start = set(sys.modules), time.perf_counter()
+import sb3_sdac_zoo_hook
+seconds = time.perf_counter() - start
+assert sys.modules.keys() - before == {{"sb3_sdac_zoo_hook"}}, sys.modules.keys() - before
+try:
+    import rl_zoo3.utils
+except ModuleNotFoundError:
+    print(seconds)
+"""
+    py_compile.compile(shutil.copy(ROOT / HOOK[1], tmp_path))  # as pip does
+    assert min(float(run_python(code, "-S")) for _ in range(5)) < 1e-3
+
+
+def test_hook_can_be_switched_off(monkeypatch):
+    code = "import sys; sys.path.insert(0, '.'); from sb3_sdac_zoo_hook import ZooFinder; print(ZooFinder in sys.meta_path)"
+    monkeypatch.delenv("SB3_SDAC_NO_ZOO_HOOK", raising=False)
+    assert run_python(code, "-S") == "True\n"
+    monkeypatch.setenv("SB3_SDAC_NO_ZOO_HOOK", "1")
+    assert run_python(code, "-S") == "False\n"
+
+
+@pytest.mark.slow
+def test_sdist_and_wheel(tmp_path):
+    """The wheel is built from the sdist, so that the sdist has to be complete."""
+    source = tmp_path / "source"
+    not_source = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "logs", "runs")
+    shutil.copytree(ROOT, source, ignore=not_source)
+    command = [sys.executable, "-W", "ignore", "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(source)]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PIP_NO_INDEX": "1"})
+    assert result.returncode == 0, result.stdout + result.stderr
+
+    [sdist], [wheel] = tmp_path.glob("*.tar.gz"), tmp_path.glob("*.whl")
+    assert sb3_sdac.__version__ in wheel.name
+    with tarfile.open(sdist) as archive:
+        in_sdist = {name.partition("/")[2] for name in archive.getnames()}
+    assert {name.replace("sb3_sdac/hyperparams", "hyperparams") for name in DATA} <= in_sdist
+    assert {"LICENSE", "tests/test_package.py", *HOOK} <= in_sdist
+    with zipfile.ZipFile(wheel) as archive:
+        in_wheel = set(archive.namelist())
+        [record] = (archive.read(name).decode() for name in in_wheel if name.endswith("/RECORD"))
+    assert {*DATA, *HOOK, *(f"sb3_sdac/{layer}.py" for layer in LAYERS)} <= in_wheel
+    assert {name.split("/")[0] for name in in_wheel} == {"sb3_sdac", f"sb3_sdac-{sb3_sdac.__version__}.dist-info", *HOOK}
+    assert all(f"\n{name}," in f"\n{record}" for name in in_wheel)  # what pip uninstall removes

@@ -1,0 +1,275 @@
+"""Every option learns on small environments: the updates are made, everything stays finite, and the logs say so."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import FakeImageEnv, SimpleMultiObsEnv
+from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise
+from stable_baselines3.common.utils import LinearSchedule
+
+from sb3_sdac import PAPER_DPMD, PAPER_SDAC, SDAC
+
+SMALL: dict[str, Any] = {
+    "n_diffusion_steps": 5,
+    "n_sampling_steps": 2,
+    "n_particles": 2,
+    "n_reverse_samples": 4,
+    "batch_size": 8,
+    "buffer_size": 200,
+    "learning_starts": 20,
+    "seed": 0,
+}
+LOGGED = {"critic_loss", "q_value", "ent_coef", "actor_loss", "reverse_ess", "learning_rate", "qf_learning_rate", "n_updates"}
+
+
+def make_model(env: gym.Env | str | Any = "Pendulum-v1", policy: str = "MlpPolicy", **kwargs: Any) -> SDAC:
+    policy_kwargs = {"net_arch": [16], **kwargs.pop("policy_kwargs", {})}
+    return SDAC(policy, env, policy_kwargs=policy_kwargs, **{**SMALL, **kwargs})
+
+
+def snapshot(model: SDAC) -> dict[str, th.Tensor]:
+    return {name: value.clone() for name, value in model.policy.state_dict().items()}
+
+
+def check_learning(model: SDAC, n_steps: int = 30, n_updates: int | None = None) -> dict[str, float]:
+    """Learn, look at what was trained and logged; by default there is one update per step after the warm-up."""
+    before = snapshot(model)
+    model.learn(n_steps, log_interval=10_000)  # never dumped, so that the last values can be read
+    assert model.num_timesteps == n_steps
+    assert model._n_updates == (n_steps - model.learning_starts if n_updates is None else n_updates)
+    after = snapshot(model)
+    for part in ("actor.noise_predictor.rest", "critic.q_networks.rest", "critic_target.q_networks.rest"):
+        names = [name for name in after if name.startswith(part)]
+        assert names and all(not th.equal(after[name], before[name]) for name in names), part
+    assert all(th.isfinite(value).all() for value in after.values())
+    logged = {key.removeprefix("train/"): value for key, value in model.logger.name_to_value.items() if "train/" in key}
+    assert set(logged) == LOGGED
+    assert all(np.isfinite(value) for value in logged.values())
+    assert logged["n_updates"] == model._n_updates
+    most = model.batch_size if model.score_matching == "mirror_descent" else model.n_reverse_samples
+    assert 1 <= logged["reverse_ess"] <= most
+    assert logged["ent_coef"] > 0
+    return logged
+
+
+class DiscreteObsEnv(gym.Env):
+    """Observations are numbers, which SB3 turns into one-hot vectors."""
+
+    observation_space = spaces.Discrete(4)
+    action_space = spaces.Box(-1, 1, (1,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
+        super().reset(seed=seed)
+        return 0, {}
+
+    def step(self, action: np.ndarray) -> tuple[int, float, bool, bool, dict[str, Any]]:
+        state = int(self.np_random.integers(4))
+        return state, float(action[0]), state == 0, False, {}
+
+
+@pytest.mark.parametrize("score_matching", ["reverse_sampling", "gradient_assisted", "mirror_descent"])
+@pytest.mark.parametrize("anchor", ["next", "current"])
+@pytest.mark.parametrize("proposal", ["truncated_normal", "clipped_normal"])
+def test_score_matching(score_matching: str, anchor: str, proposal: str) -> None:
+    ent_coef = 1.0 if score_matching == "mirror_descent" else "auto"
+    check_learning(make_model(score_matching=score_matching, anchor=anchor, proposal=proposal, ent_coef=ent_coef))
+
+
+@pytest.mark.parametrize("ent_coef, lowest, highest", [(0.3, 0.3, 0.3), ("paper", 4.9, 5), ("paper_1.5", 4.9, 5)])
+def test_ent_coef_not_from_data(ent_coef: float | str, lowest: float, highest: float) -> None:
+    logged = check_learning(make_model(ent_coef=ent_coef))
+    assert lowest - 1e-6 < logged["ent_coef"] < highest + 1e-6
+
+
+def test_ent_coef_from_data() -> None:
+    """A start of 1000 is far from the solution for a fresh critic, and left slowly; without one, the first batch decides."""
+    assert 900 > check_learning(make_model(ent_coef="auto_1000"))["ent_coef"] > 10
+    assert check_learning(make_model(ent_coef="auto"))["ent_coef"] < 1
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"policy_kwargs": {"n_critics": 1}},
+        {"policy_kwargs": {"n_critics": 3, "share_features_extractor": True}},
+        {"policy_kwargs": {"optimizer_class": th.optim.AdamW, "activation_fn": th.nn.ReLU}},
+        {"n_particles": 1},
+        {"n_particles": 1, "n_target_particles": 3},
+        {"n_particles": 3, "n_target_particles": 1},
+        {"average_actor": True, "eta": 1.0, "clip_target_actions": False},
+        {"beta_schedule": "cosine", "exploration_noise": 0.0},
+        {"beta_schedule": "vp", "scale_noise_by_ent_coef": True},
+        {"n_diffusion_steps": 1, "n_sampling_steps": 1},
+        {"critic_steps": 2, "target_update_interval": 2, "policy_delay": 1, "reward_scale": 1.0},
+    ],
+    ids=str,
+)
+def test_options(kwargs: dict[str, Any]) -> None:
+    model = make_model(**kwargs)
+    assert model.policy.n_critics == kwargs.get("policy_kwargs", {}).get("n_critics", 2)
+    check_learning(model)
+
+
+@pytest.mark.parametrize(
+    "train_freq, gradient_steps, n_steps, n_updates",
+    [
+        (1, 2, 30, 20),
+        (5, 1, 40, 4),
+        ((3, "step"), -1, 30, 12),  # after steps 21, 24, 27 and 30
+        ((2, "episode"), -1, 42, 28),  # after steps 28 and 42
+        ((1, "episode"), 3, 28, 6),
+    ],
+)
+def test_train_freq_and_gradient_steps(train_freq: Any, gradient_steps: int, n_steps: int, n_updates: int) -> None:
+    env = gym.make("Pendulum-v1", max_episode_steps=7)
+    check_learning(make_model(env, train_freq=train_freq, gradient_steps=gradient_steps), n_steps, n_updates)
+
+
+def test_no_gradient_step_changes_nothing() -> None:
+    model = make_model(gradient_steps=0, average_actor=True, ent_coef="paper")
+    before = snapshot(model)
+    model.learn(40)
+    model.train(gradient_steps=0, batch_size=8)
+    after = snapshot(model)
+    assert all(th.equal(after[name], before[name]) for name in before)
+    assert model._n_updates == 0
+    assert model.replay_buffer is not None and model.replay_buffer.pos == 40
+
+
+@pytest.mark.parametrize("noise", [NormalActionNoise, OrnsteinUhlenbeckActionNoise])
+def test_two_envs_with_time_limit_and_action_noise(noise: Callable[..., Any]) -> None:
+    env = make_vec_env("Pendulum-v1", n_envs=2, env_kwargs={"max_episode_steps": 7})
+    model = make_model(env, action_noise=noise(np.zeros(1), 0.3 * np.ones(1)), gradient_steps=-1, train_freq=2)
+    check_learning(model, 40, n_updates=20)
+    assert isinstance(model.replay_buffer, ReplayBuffer)
+    assert model.replay_buffer.timeouts[:20].sum(axis=0).tolist() == [2, 2]  # 7 and 14 of 20 steps
+
+
+def test_n_steps() -> None:
+    model = make_model(n_steps=3)
+    check_learning(model)
+    assert type(model.replay_buffer) is NStepReplayBuffer and model.replay_buffer.n_steps == 3
+
+
+def test_optimize_memory_usage() -> None:
+    model = make_model(optimize_memory_usage=True, replay_buffer_kwargs={"handle_timeout_termination": False}, buffer_size=50)
+    check_learning(model, 80)
+    assert model.replay_buffer is not None and model.replay_buffer.full
+    assert not hasattr(model.replay_buffer, "next_observations")
+
+
+@pytest.mark.parametrize(
+    "env, policy",
+    [
+        (FakeImageEnv(screen_height=36, screen_width=36, discrete=False), "CnnPolicy"),
+        (SimpleMultiObsEnv(discrete_actions=False), "MultiInputPolicy"),
+        (DiscreteObsEnv(), "MlpPolicy"),
+    ],
+    ids=["image", "dict", "discrete"],
+)
+def test_observation_spaces(env: gym.Env, policy: str) -> None:
+    extractor = {"CnnPolicy": {"features_dim": 8}, "MultiInputPolicy": {"cnn_output_dim": 8}, "MlpPolicy": {}}[policy]
+    model = make_model(env, policy, policy_kwargs={"features_extractor_kwargs": extractor})
+    check_learning(model, 26)
+    assert isinstance(model.replay_buffer, DictReplayBuffer) == (policy == "MultiInputPolicy")
+
+
+def test_learning_rate_schedules() -> None:
+    """Functions of the progress remaining, from 1 to 0."""
+    model = make_model(learning_rate=lambda progress: 1e-3 * progress, qf_learning_rate=LinearSchedule(2e-3, 0, 1))
+    logged = check_learning(model, 40)
+    assert logged["learning_rate"] == pytest.approx(0, abs=1e-9)
+    assert logged["qf_learning_rate"] == pytest.approx(0, abs=1e-9)
+    model._current_progress_remaining = 0.25
+    model.train(1, 8)
+    assert model.actor.optimizer.param_groups[0]["lr"] == pytest.approx(0.25e-3)
+    assert model.critic.optimizer.param_groups[0]["lr"] == pytest.approx(0.5e-3)
+
+
+def test_learning_rates() -> None:
+    logged = check_learning(make_model(learning_rate=1e-3))
+    assert (logged["learning_rate"], logged["qf_learning_rate"]) == (1e-3, 1e-3)
+    logged = check_learning(make_model(learning_rate=1e-3, qf_learning_rate=2e-3, actor_lr_decay=(1e-4, 1, 4), policy_delay=1))
+    assert logged["learning_rate"] == pytest.approx(1e-4)
+    assert logged["qf_learning_rate"] == 2e-3
+
+
+def test_progress_bar_and_stats_window(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("rich")
+    tqdm = pytest.importorskip("tqdm")
+    model = make_model(stats_window_size=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", tqdm.TqdmExperimentalWarning)
+        model.learn(25, progress_bar=True)
+    assert "25/25" in "".join(capsys.readouterr())
+    assert model.ep_info_buffer is not None and model.ep_info_buffer.maxlen == 3
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+
+    env = make_vec_env("Pendulum-v1", env_kwargs={"max_episode_steps": 5})
+    make_model(env, tensorboard_log=str(tmp_path)).learn(40, log_interval=2)
+    (folder,) = tmp_path.iterdir()
+    assert folder.name == "SDAC_1"
+    events = EventAccumulator(str(folder)).Reload()
+    keys = events.Tags()["scalars"]
+    assert {f"train/{key}" for key in LOGGED - {"n_updates"}} <= set(keys)
+    assert {"rollout/ep_rew_mean", "rollout/ep_len_mean", "time/fps"} <= set(keys)
+    assert [event.step for event in events.Scalars("rollout/ep_len_mean")] == [10, 20, 30, 40]
+
+
+def test_callbacks(tmp_path: Path) -> None:
+    eval_callback = EvalCallback(
+        make_vec_env("Pendulum-v1"), eval_freq=20, n_eval_episodes=1, log_path=str(tmp_path), verbose=0
+    )
+    checkpoints = CheckpointCallback(save_freq=20, save_path=str(tmp_path), save_replay_buffer=True)
+    make_model().learn(40, callback=[eval_callback, checkpoints])
+    assert np.load(tmp_path / "evaluations.npz")["timesteps"].tolist() == [20, 40]
+    assert np.isfinite(eval_callback.last_mean_reward)
+    assert (tmp_path / "rl_model_20_steps.zip").is_file()
+    assert (tmp_path / "rl_model_replay_buffer_40_steps.pkl").is_file()
+
+
+class StopAt(BaseCallback):
+    def _on_step(self) -> bool:
+        return self.n_calls < 23
+
+
+def test_callback_stops_learning() -> None:
+    model = make_model().learn(40, callback=StopAt())
+    assert (model.num_timesteps, model._n_updates) == (23, 2)
+
+
+def test_learn_continued() -> None:
+    model = make_model()
+    check_learning(model, 30)
+    model.learn(10, reset_num_timesteps=False)
+    assert (model.num_timesteps, model._n_updates) == (40, 20)
+    model.learn(30)
+    assert (model.num_timesteps, model._n_updates) == (30, 30)  # counted anew, with a warm-up anew
+
+
+@pytest.mark.parametrize("preset", [PAPER_SDAC, PAPER_DPMD], ids=["SDAC", "DPMD"])
+def test_paper_presets(preset: dict[str, Any]) -> None:
+    """As they are, but for a short warm-up and small sizes; with five environments and one update per vector step."""
+    env = make_vec_env("Pendulum-v1", n_envs=5)
+    kwargs = {**preset, "learning_starts": 20, "buffer_size": 100, "batch_size": 8, "seed": 0}
+    model = SDAC("MlpPolicy", env, policy_kwargs={"net_arch": [16]}, **kwargs)
+    model.learn(35, log_interval=10_000)
+    assert model._n_updates == 3
+    logged = {key: value for key, value in model.logger.name_to_value.items() if key.startswith("train/")}
+    assert {f"train/{key}" for key in LOGGED} == set(logged)
+    assert all(np.isfinite(value) for value in logged.values())
+    assert logged["train/ent_coef"] == pytest.approx(5, rel=0.01)

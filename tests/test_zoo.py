@@ -1,0 +1,322 @@
+"""rl_zoo3 with SDAC: the embedded hyperparameters, the search space, and the commands as a user types them."""
+
+import argparse
+import importlib
+import inspect
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+import gymnasium as gym
+import pytest
+import yaml
+
+from sb3_sdac import PAPER_SDAC, SDAC, zoo
+
+rl_zoo3 = pytest.importorskip("rl_zoo3", reason='needs pip install ".[zoo]"')
+hook = importlib.import_module("sb3_sdac_zoo_hook")
+
+ROOT = Path(__file__).parents[1]
+MUJOCO_TASKS = [
+    *["Ant", "HalfCheetah", "Hopper", "Humanoid", "HumanoidStandup", "InvertedDoublePendulum"],
+    *["InvertedPendulum", "Pusher", "Reacher", "Swimmer", "Walker2d"],
+]
+MUJOCO = [f"{task}-{version}" for task in MUJOCO_TASKS for version in ("v4", "v5")]
+OTHERS = ["Pendulum-v1", "MountainCarContinuous-v0", "LunarLanderContinuous-v3", "BipedalWalker-v3"]
+CONFIGS = {"sdac.yml": {"default", *OTHERS, *MUJOCO}, "sdac_paper.yml": {"default", "Pendulum-v1", *MUJOCO}}
+#: What the entries hold besides arguments of the constructor
+ZOO_KEYS = {"n_timesteps", "n_envs"}
+DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(SDAC).parameters.items()}
+PENDULUM = ["--algo", "sdac", "--env", "Pendulum-v1"]
+SMALL = ["-params", "learning_starts:100", "batch_size:16", "policy_kwargs:dict(net_arch=[16])"]
+TRAIN = [*PENDULUM, "-n", "150", "--num-threads", "1", "--eval-freq", "100", "--eval-episodes", "1", *SMALL]
+ENJOY = [*PENDULUM, "-f", "logs", "--no-render", "-n", "200"]
+
+
+def load(config: str) -> dict[str, dict]:
+    return yaml.safe_load((zoo.HYPERPARAMS / config).read_text(encoding="utf-8"))
+
+
+def run_module(*arguments: str, cwd: Path, expect: int = 0) -> str:
+    """What ``python -m ...`` prints, in a folder that is not ours."""
+    command, env = [sys.executable, "-m", *arguments], {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert result.returncode == expect, result.stdout
+    return result.stdout
+
+
+def hook_is_installed() -> bool:
+    code = "import sys; sys.exit('sb3_sdac_zoo_hook' not in sys.modules)"
+    return subprocess.run([sys.executable, "-c", code], cwd=tempfile.gettempdir()).returncode == 0
+
+
+needs_hook = pytest.mark.skipif(
+    not hook_is_installed(), reason='no start-up hook: pip install ".[tests]", without -e'
+)
+
+
+@pytest.fixture
+def manager(tmp_path, monkeypatch):
+    """Makes rl_zoo3's ExperimentManager for an algorithm and a ``-conf``, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    zoo.register()
+    from rl_zoo3.exp_manager import ExperimentManager
+
+    return lambda algo="sdac", config=None: ExperimentManager(
+        argparse.Namespace(), algo, "Pendulum-v1", str(tmp_path), config=config
+    )
+
+
+# === The embedded hyperparameters ===
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_config_has_its_entries(config):
+    entries = load(config)
+    assert entries.keys() == CONFIGS[config]
+    assert entries.keys() - {"default"} <= gym.registry.keys()
+    for entry in entries.values():
+        assert {"policy", "n_timesteps"} <= entry.keys() <= DEFAULTS.keys() | ZOO_KEYS
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_config_labels_its_entries(config):
+    keys = [line for line in (zoo.HYPERPARAMS / config).read_text(encoding="utf-8").splitlines() if re.match(r"\S+:", line)]
+    assert len(keys) == len(CONFIGS[config])
+    assert [line for line in keys if not re.search(r" # (tuned|from the paper|untuned)$", line)] == []
+
+
+def test_config_states_differences_only():
+    for env_id, entry in load("sdac.yml").items():
+        same = [key for key in entry.keys() - ZOO_KEYS if entry[key] == DEFAULTS[key]]
+        assert same == [], f"{env_id} repeats defaults of the constructor"
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_config_is_accepted_by_the_constructor(config):
+    for entry in {str(entry): entry for entry in load(config).values()}.values():
+        SDAC(env="Pendulum-v1", **{key: entry[key] for key in entry.keys() - ZOO_KEYS})
+
+
+def test_paper_config_is_the_paper_preset():
+    entries = load("sdac_paper.yml")
+    for env_id in ["default", *MUJOCO]:
+        arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in entries[env_id].items()}
+        assert (arguments.pop("n_envs"), arguments.pop("n_timesteps"), arguments.pop("policy")) == (5, 1e6, "MlpPolicy")
+        assert DEFAULTS | arguments == DEFAULTS | PAPER_SDAC, env_id
+
+
+# === Registration ===
+
+
+def test_register_is_idempotent():
+    zoo.register()
+    from rl_zoo3 import exp_manager, hyperparams_opt
+
+    read_hyperparameters = exp_manager.ExperimentManager.read_hyperparameters
+    zoo.register()
+    assert rl_zoo3.ALGOS["sdac"] is SDAC
+    assert hyperparams_opt.HYPERPARAMS_SAMPLER["sdac"] is zoo.sample_sdac_params
+    assert exp_manager.ExperimentManager.read_hyperparameters is read_hyperparameters
+
+
+def test_register_without_rl_zoo3(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rl_zoo3", None)
+    with pytest.raises(ModuleNotFoundError, match=re.escape('pip install "sb3_sdac[zoo]"')):
+        zoo.register()
+
+
+def test_register_with_incomplete_rl_zoo3(monkeypatch):
+    def import_module(name):
+        raise ModuleNotFoundError("No module named 'optuna'", name="optuna")
+
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    with pytest.raises(ModuleNotFoundError, match="optuna"):
+        zoo.register()
+
+
+def test_default_config(manager):
+    experiment = manager()
+    parameters, _ = experiment.read_hyperparameters()
+    assert parameters == load("sdac.yml")["Pendulum-v1"]
+    assert Path(experiment.config) == zoo.HYPERPARAMS / "sdac.yml"
+
+
+def test_embedded_config_by_name(manager):
+    parameters, _ = manager(config="sdac_paper.yml").read_hyperparameters()
+    assert parameters == load("sdac_paper.yml")["Pendulum-v1"]
+
+
+def test_own_config_comes_first(manager):
+    Path("sdac.yml").write_text("default: {n_timesteps: 7, policy: MlpPolicy}", encoding="utf-8")
+    parameters, _ = manager(config="sdac.yml").read_hyperparameters()
+    assert parameters["n_timesteps"] == 7
+
+
+@pytest.mark.parametrize("config", ["elsewhere/sdac.yml", "nothing.yml"])
+def test_missing_config_is_an_error(manager, config):
+    with pytest.raises(FileNotFoundError, match=config):
+        manager(config=config).read_hyperparameters()
+
+
+def test_other_algorithms_keep_their_config(manager):
+    experiment = manager("sac")
+    experiment.read_hyperparameters()
+    assert Path(experiment.config) == Path(rl_zoo3.__file__).parent / "hyperparams" / "sac.yml"
+
+
+# === The search space ===
+
+
+@pytest.mark.parametrize("her_kwargs", [None, {"copy_info_dict": True}], ids=["plain", "HER"])
+def test_search_space(her_kwargs):
+    optuna = importlib.import_module("optuna")
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for _ in range(5):
+        trial = study.ask()
+        additional_args = {"using_her_replay_buffer": her_kwargs is not None, "her_kwargs": her_kwargs or {}}
+        sampled = zoo.sample_sdac_params(trial, 1, 1, additional_args)
+        loaded = zoo.convert_sdac_params(trial.params)  # as rl_zoo3.train --trial-id does
+        assert trial.user_attrs == {"gamma": sampled["gamma"], "batch_size": sampled["batch_size"]}
+        if her_kwargs is not None:
+            assert sampled.pop("replay_buffer_kwargs") == her_kwargs | loaded.pop("replay_buffer_kwargs")
+        assert loaded == sampled
+        SDAC("MlpPolicy", "Pendulum-v1", **sampled)
+
+
+# === The start-up hook, in this process ===
+
+
+def test_hook_knows_what_to_watch():
+    assert set(hook.WATCHED) == zoo.REGISTRATIONS.keys()
+
+
+def test_hook_registers_after_import(tmp_path, monkeypatch):
+    (tmp_path / "watched.py").write_text("ALGOS = {}", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(hook, "WATCHED", ("watched", "absent"))
+    other_finders = [finder for finder in sys.meta_path if finder is not hook.ZooFinder]
+    monkeypatch.setattr(sys, "meta_path", [hook.ZooFinder, *other_finders])
+    monkeypatch.setitem(zoo.REGISTRATIONS, "watched", lambda module: module.ALGOS.update(sdac=SDAC))
+    watched = importlib.import_module("watched")
+    monkeypatch.delitem(sys.modules, "watched")
+    assert watched.ALGOS == {"sdac": SDAC}
+    assert hook.ZooFinder.find_spec("absent") is None
+
+
+def test_hook_failure_is_a_warning(monkeypatch):
+    monkeypatch.setitem(zoo.REGISTRATIONS, "rl_zoo3.utils", lambda module: module.ALGOS.update(sdac=SDAC))
+    with pytest.warns(UserWarning, match=r"SDAC could not be registered in rl_zoo3\.utils.*ALGOS"):
+        hook.register(ModuleType("rl_zoo3.utils"))
+
+
+def test_hook_is_silent_without_the_package(monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "sb3_sdac"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [hook.ZooFinder])  # there is no one to find it
+    hook.register(ModuleType("rl_zoo3.utils"))
+
+
+# === Mends of rl_zoo3 ===
+
+
+def test_benchmark_finds_enjoy(tmp_path, monkeypatch):
+    calls: list[list[str]] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "call", calls.append)
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "rl_zoo3.benchmark"])
+    zoo.add_algorithm(rl_zoo3.utils)
+    subprocess.call(["python", "enjoy.py", "--algo", "sdac"])
+    Path("enjoy.py").touch()
+    subprocess.call(["python", "enjoy.py"])
+    assert calls == [[sys.executable, "-m", "sb3_sdac.zoo", "enjoy", "--algo", "sdac"], ["python", "enjoy.py"]]
+
+
+def test_push_to_hub_finds_its_function():
+    zoo.mend_push_to_hub()
+    hub = importlib.import_module("huggingface_sb3.push_to_hub")
+    assert "Pendulum-v1" in hub.generate_metadata("SDAC", "Pendulum-v1", -150.0, 10.0)["tags"]
+
+
+# === The commands ===
+
+
+def test_train_and_enjoy_in_this_process(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["zoo", "train", *TRAIN])
+    zoo.main()
+    assert Path("logs/sdac/Pendulum-v1_1/Pendulum-v1.zip").is_file()
+    monkeypatch.setattr(sys, "argv", ["zoo", "enjoy", *ENJOY])
+    zoo.main()
+    assert "Mean reward" in capsys.readouterr().out
+
+
+def test_unknown_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["zoo", "trian"])
+    with pytest.raises(SystemExit):
+        zoo.main()
+    assert re.search("'trian'.*train.*enjoy.*benchmark", capsys.readouterr().err)
+
+
+def test_benchmark_command_is_mended(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["zoo", "benchmark", "--help"])
+    monkeypatch.setattr(subprocess, "call", subprocess.call)  # to be restored
+    with pytest.raises(SystemExit):
+        zoo.main()
+    assert "call_enjoy" in repr(subprocess.call)
+
+
+def test_unknown_environment(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["zoo", "train", "--algo", "sdac", "--env", "Pendulom-v1"])
+    with pytest.raises(ValueError, match=r"Pendulom-v1 not found.*Pendulum-v1"):
+        zoo.main()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder in which the installed package was trained, by rl_zoo3's own command."""
+    folder = tmp_path_factory.mktemp("foreign")
+    printed = run_module("rl_zoo3.train", *TRAIN, cwd=folder)
+    assert "hyperparams/sdac.yml" in printed
+    assert (folder / "logs/sdac/Pendulum-v1_1/best_model.zip").is_file()
+    return folder
+
+
+@needs_hook
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (["rl_zoo3.enjoy", *ENJOY], "Mean reward"),
+        (["rl_zoo3.record_video", *ENJOY, "-n", "10"], "Loading"),
+        (["rl_zoo3.push_to_hub", "--help"], "sdac"),
+        (["rl_zoo3.benchmark", "--no-hub", "--test-mode", "--log-dir", "logs", "-n", "200"], "Mean reward"),
+        (["rl_zoo3.train", *PENDULUM, "-n", "1", "-conf", "sdac_paper.yml"], "'ent_coef', 'paper'"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_zoo_command(trained, command, expected):
+    assert expected in run_module(*command, cwd=trained)
+
+
+@needs_hook
+@pytest.mark.slow
+def test_zoo_optimize(tmp_path):
+    train = ["rl_zoo3.train", *PENDULUM, "-n", "60", "--storage", "sqlite:///study.db", "--study-name", "study"]
+    search = ["-optimize", "--n-trials", "2", "--n-startup-trials", "1", "--n-evaluations", "1", "--no-optim-plots"]
+    printed = run_module(*train, *search, "-params", "learning_starts:50", cwd=tmp_path)
+    assert "Best trial" in printed and "target_ess" in printed
+    printed = run_module(*train, "--trial-id", "1", cwd=tmp_path)
+    assert "'target_ess'" in printed and "Saving to logs/sdac" in printed
+
+
+@needs_hook
+@pytest.mark.slow
+def test_zoo_hook_switched_off(tmp_path, monkeypatch):
+    monkeypatch.setenv("SB3_SDAC_NO_ZOO_HOOK", "1")
+    assert "invalid choice: 'sdac'" in run_module("rl_zoo3.train", "--algo", "sdac", cwd=tmp_path, expect=2)
+    assert "sdac" in run_module("sb3_sdac.zoo", "train", "--help", cwd=tmp_path)
