@@ -1,7 +1,7 @@
 PYTHON ?= python
 SOURCES = setup.py sb3_sdac_zoo_hook.py sb3_sdac tests $(wildcard examples) $(wildcard benchmarks)
 
-.PHONY: format lint type test test-fast commit-checks check
+.PHONY: format lint type test test-fast sb3-tests commit-checks check
 
 format:  ## sort imports, apply safe fixes, format
 	$(PYTHON) -m ruff check --fix $(SOURCES)
@@ -19,6 +19,9 @@ test:
 
 test-fast:
 	$(PYTHON) -m pytest -m "not slow"
+
+sb3-tests:  ## SB3's own published tests, with SDAC standing in for SAC
+	$(PYTHON) tests/sb3_standin.py
 
 check: lint type  ## the checks that write nothing
 

@@ -2,14 +2,15 @@
 
 import gymnasium as gym
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.monitor import Monitor
 
 from sb3_sdac import SDAC
 
-env = gym.make("Pendulum-v1")
+env = Monitor(gym.make("Pendulum-v1"))
 model = SDAC("MlpPolicy", env, learning_rate=1e-3, learning_starts=500, policy_kwargs={"net_arch": [64, 64]}, verbose=1)
 model.learn(8_000, progress_bar=True)
 model.save("sdac_pendulum")
 
 model = SDAC.load("sdac_pendulum", env=env)
-mean_return, std_return = evaluate_policy(model, model.get_env(), n_eval_episodes=10)
+mean_return, std_return = evaluate_policy(model, env, n_eval_episodes=10)
 print(f"{mean_return:.0f} +/- {std_return:.0f}")

@@ -6,6 +6,7 @@ all particles, candidates and denoising steps; the result is that of one linear 
 """
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch as th
@@ -41,7 +42,8 @@ class _MishFunction(th.autograd.Function):
 
 class Mish(nn.Module):
     """
-    The activation function of ``torch.nn.Mish`` (Misra 2019, arXiv 1908.08681), to rounding, in about a third of its time on a CPU.
+    The activation function of ``torch.nn.Mish`` (Misra 2019, arXiv 1908.08681), to rounding, in about a third of its
+    time on a CPU.
     """
 
     def forward(self, x: th.Tensor) -> th.Tensor:
@@ -98,7 +100,8 @@ class NoisePredictor(nn.Module):
         super().__init__()
         self.register_buffer("time_table", sinusoidal_embedding(n_diffusion_steps), persistent=False)
         self.time_mlp = nn.Sequential(*create_mlp(TIME_DIM, TIME_DIM, [2 * TIME_DIM], activation_fn))
-        self.first, *rest = create_mlp(features_dim + x_dim + TIME_DIM, x_dim, net_arch, activation_fn)
+        first, *rest = create_mlp(features_dim + x_dim + TIME_DIM, x_dim, net_arch, activation_fn)
+        self.first: nn.Linear = first  # type: ignore[assignment]
         self.rest = nn.Sequential(*rest)
         self._splits = [features_dim, x_dim, TIME_DIM]
         for module in self.modules():
@@ -176,9 +179,9 @@ class CriticEnsemble(nn.Module):
         super().__init__()
         widths = [features_dim + action_dim, *net_arch, 1]
         layers: list[nn.Module] = []
-        for in_features, out_features in zip(widths[:-1], widths[1:], strict=True):
+        for in_features, out_features in pairwise(widths):
             layers += [EnsembleLinear(n_critics, in_features, out_features), activation_fn()]
-        self.first = layers[0]
+        self.first: EnsembleLinear = layers[0]  # type: ignore[assignment]
         self.rest = nn.Sequential(*layers[1:-1])  # no activation after the last layer
         self.features_dim = features_dim
 

@@ -322,6 +322,8 @@ class DiffusionPolicy(BasePolicy):
             optimizer_kwargs=optimizer_kwargs,
             squash_output=True,
         )
+        if n_critics < 1:
+            raise ValueError(f"n_critics must be an integer of at least 1, got {n_critics!r}")
         self.net_arch = [256, 256, 256] if net_arch is None else net_arch
         self.activation_fn = activation_fn
         self.n_critics = n_critics
@@ -359,8 +361,8 @@ class DiffusionPolicy(BasePolicy):
             "n_critics": n_critics,
             "share_features_extractor": share_features_extractor,
         }
-        # The logarithm of the entropy coefficient (alpha or lambda in the paper), kept with the policy since acting may read it.
-        # It is set by the algorithm; no gradient ever reaches it.
+        # The logarithm of the entropy coefficient (alpha or lambda in the paper), kept with the policy since acting may
+        # read it. It is set by the algorithm; no gradient ever reaches it.
         self.log_ent_coef = nn.Parameter(th.zeros(()), requires_grad=False)
         self._build(lr_schedule)
 

@@ -6,8 +6,8 @@ diffusion step t has the score -E[noise] / sqrt(1 - abar_t), where the expectati
 each weighted by exp(Q(s, x_0) / lambda) (Ma et al., "Soft Diffusion Actor-Critic", arXiv 2502.00361). So the target of the
 noise predictor at (s, x_t, t) is a weighted mean of noises, and no sample of pi is needed.
 
-Pure maths: ``Q`` is any callable from x_0, shape (..., A), to values, shape (...), and random numbers are handed in. Letters: B batch,
-K candidates (reverse samples) per x_t, A dimension of x.
+Pure maths: ``Q`` is any callable from x_0, shape (..., A), to values, shape (...), and random numbers are handed in.
+Letters: B batch, K candidates (reverse samples) per x_t, A dimension of x.
 """
 
 from collections.abc import Callable
@@ -143,9 +143,10 @@ def gradient_noise(
     """
     E[noise | x_t] through the gradient of Q at a few candidates drawn by their weight (target score identity).
 
-    Integration by parts turns the posterior's mean noise into -sigma_t E[grad Q(x_0)] / lambda, sigma_t = sqrt(1 / abar_t - 1),
-    as if the box had no boundary (De Bortoli et al. 2024, "Target Score Matching", arXiv 2402.08667). Where the noise is low this
-    has a far smaller variance than the weighted mean of noises; the gradient never passes through the denoising chain.
+    Integration by parts turns the posterior's mean noise into -sigma_t E[grad Q(x_0)] / lambda, sigma_t = sqrt(1 /
+    abar_t - 1), as if the box had no boundary (De Bortoli et al. 2024, "Target Score Matching", arXiv 2402.08667). Where
+    the noise is low this has a far smaller variance than the weighted mean of noises; the gradient never passes through
+    the denoising chain.
 
     :param q_function: from x_0, shape (B, M, A), to Q, shape (B, M), differentiable
     :param diffusion: the forward process

@@ -1,8 +1,10 @@
 """The algorithm: from transitions to TD targets, score targets and a better diffusion policy."""
 
 import io
+import json
 import pathlib
 import warnings
+from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -13,7 +15,13 @@ from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, ReplayBufferSamples, Schedule
-from stable_baselines3.common.utils import FloatSchedule, get_device, get_parameters_by_name, polyak_update, update_learning_rate
+from stable_baselines3.common.utils import (
+    FloatSchedule,
+    get_device,
+    get_parameters_by_name,
+    polyak_update,
+    update_learning_rate,
+)
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_sdac import score_matching as sm
@@ -58,14 +66,15 @@ class SDAC(OffPolicyAlgorithm):
     """
     Soft Diffusion Actor-Critic (SDAC): online reinforcement learning with a diffusion policy.
 
-    The policy is a diffusion model trained by score matching on the Q-function alone: it needs no samples of an optimal policy and no
-    gradients through the denoising chain.
+    The policy is a diffusion model trained by score matching on the Q-function alone: it needs no samples of an optimal
+    policy and no gradients through the denoising chain.
 
     Paper: https://arxiv.org/abs/2502.00361. Code of the authors: https://github.com/mahaitongdae/diffusion_policy_online_rl.
     ``SDAC("MlpPolicy", env, **PAPER_SDAC)`` is their configuration; the README says where and why the defaults differ.
 
     :param policy: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"`` or a subclass of :class:`~sb3_sdac.DiffusionPolicy`
-    :param env: the environment to learn from (its id, if registered in Gymnasium); actions must be a ``Box`` with finite bounds
+    :param env: the environment to learn from (its id, if registered in Gymnasium); actions must be a ``Box`` with finite
+        bounds
     :param learning_rate: learning rate of the actor, and of the critics if ``qf_learning_rate`` is not given; a float or a
         function of the progress remaining (from 1 to 0)
     :param buffer_size: size of the replay buffer, in transitions
@@ -88,29 +97,31 @@ class SDAC(OffPolicyAlgorithm):
     :param n_particles: N, particles among which the critics choose when acting, at least 1
     :param n_target_particles: the same for the actions of the update; ``None`` for ``n_particles``
     :param n_reverse_samples: K, candidates for x_0 per noisy action, at least 2
-    :param score_matching: where the noise predictor's target comes from. ``"reverse_sampling"``: the mean noise of K candidates weighted by
-        exp(Q/lambda) (SDAC of the final paper). ``"gradient_assisted"``: the same, with Q's gradient at four candidates taking over
-        where the noise is low. ``"mirror_descent"``: denoising of the policy's own actions, weighted by exp(Q) (DPMD; K, ``proposal`` and
-        ``anchor`` do not matter).
+    :param score_matching: where the noise predictor's target comes from. ``"reverse_sampling"``: the mean noise of K
+        candidates weighted by exp(Q/lambda) (SDAC of the final paper). ``"gradient_assisted"``: the same, with Q's
+        gradient at four candidates taking over where the noise is low. ``"mirror_descent"``: denoising of the policy's
+        own actions, weighted by exp(Q) (DPMD; K, ``proposal`` and ``anchor`` do not matter).
     :param proposal: distribution of the candidates: ``"truncated_normal"`` inside the box or ``"clipped_normal"`` (the paper)
-    :param anchor: the actions that are noised to get x_t: ``"next"``, those of the TD target at the next observations, which saves a
-        sampling pass, or ``"current"``, fresh ones at the observations (the paper)
-    :param ent_coef: entropy coefficient or temperature (alpha or lambda in the paper), in the unit of the reward: a positive float,
-        ``"auto"`` to set it from the data such that the candidates' weights have the effective sample size ``target_ess``
-        (``"auto_0.1"`` to start that from 0.1 instead of the first batch's solution), or
-        ``"paper"`` for the authors' fixed curve from 5 to 0.984 (``"paper_1.5"`` ends at 0.54: the number is the target entropy per
-        action dimension, negated, 0.9 by default)
+    :param anchor: the actions that are noised to get x_t: ``"next"``, those of the TD target at the next observations,
+        which saves a sampling pass, or ``"current"``, fresh ones at the observations (the paper)
+    :param ent_coef: entropy coefficient or temperature (alpha or lambda in the paper), in the unit of the reward: a
+        positive float, ``"auto"`` to set it from the data such that the candidates' weights have the effective sample
+        size ``target_ess`` (``"auto_0.1"`` to start that from 0.1 instead of the first batch's solution), or
+        ``"paper"`` for the authors' fixed curve from 5 to 0.984 (``"paper_1.5"`` ends at 0.54: the number is the target
+        entropy per action dimension, negated, 0.9 by default)
     :param target_ess: effective sample size to reach with ``ent_coef="auto"``, as a fraction of K, between 1/K and 1
     :param exploration_noise: standard deviation of the normal noise on sampled actions, which are scaled to [-1, 1]
     :param scale_noise_by_ent_coef: multiply the exploration noise with the entropy coefficient (the paper)
-    :param clip_target_actions: clip the noisy actions of the update to the box; the authors do not. Actions for the environment always are.
+    :param clip_target_actions: clip the noisy actions of the update to the box; the authors do not. Actions for the
+        environment always are.
     :param policy_delay: step the actor on every ``policy_delay``-th update
     :param target_update_interval: update the targets on every ``target_update_interval``-th update
     :param average_actor: act with a moving average of the actor (the paper), of step ``tau``
     :param reward_scale: factor on the rewards inside the critics' targets; the temperature's unit stays that of the reward
-    :param qf_learning_rate: learning rate of the critics, a float or a function of the progress remaining; ``None`` for ``learning_rate``
-    :param actor_lr_decay: ``(final, begin, end)``: the actor's learning rate goes linearly from ``learning_rate`` to ``final`` between its
-        ``begin``-th and ``end``-th update (the paper)
+    :param qf_learning_rate: learning rate of the critics, a float or a function of the progress remaining; ``None`` for
+        ``learning_rate``
+    :param actor_lr_decay: ``(final, begin, end)``: the actor's learning rate goes linearly from ``learning_rate`` to
+        ``final`` between its ``begin``-th and ``end``-th update (the paper)
     :param critic_steps: steps of the critics' optimizer per update, all with the same gradient (2 in official DPMD)
     :param use_sde: not supported, must be False; here as SB3's own algorithms have it
     :param stats_window_size: episodes over which the logged success rate, length and reward are averaged
@@ -238,7 +249,6 @@ class SDAC(OffPolicyAlgorithm):
         self.qf_learning_rate = qf_learning_rate
         self.actor_lr_decay = actor_lr_decay
         self.critic_steps = critic_steps
-        self.ent_coef_optimizer: th.optim.Optimizer | None = None
         self._n_actor_updates = 0
 
         if _init_setup_model:
@@ -246,14 +256,16 @@ class SDAC(OffPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         self._check_arguments()
-        # What the policy must know to act travels in its keyword arguments; those that the user gave are kept apart, as `load` compares them
+        # What the policy must know to act travels in its keyword arguments; those that the user gave are kept apart, as
+        # `load` compares them
         policy_kwargs, buffer_size = self.policy_kwargs, self.buffer_size
-        self.policy_kwargs = {**self._diffusion_kwargs(), **policy_kwargs}
-        if self.env is None:  # loaded for acting only: see set_env
+        self.policy_kwargs = {**policy_kwargs, **self._diffusion_kwargs()}
+        acting_only = self.env is None and self.replay_buffer is None  # loaded without an environment: see set_env
+        if acting_only:
             self.buffer_size = self.n_envs
         super()._setup_model()
         self.policy_kwargs, self.buffer_size = policy_kwargs, buffer_size
-        if self.env is None:
+        if acting_only:
             self.replay_buffer = None
         self._create_aliases()
         # Running statistics of batch normalisation are copied, not averaged, see SB3's issue 996
@@ -269,14 +281,18 @@ class SDAC(OffPolicyAlgorithm):
         return {name: getattr(self, name) for name in names}
 
     def _setup_temperature(self) -> None:
-        """The entropy coefficient's start and, for the paper's curve, its optimizer and target entropy."""
+        """
+        The entropy coefficient's start and, for the paper's curve, its target entropy and optimizer.
+
+        The optimizer is there with every kind of coefficient, so that a model can be loaded with another.
+        """
+        self.ent_coef_optimizer = th.optim.Adam([self.policy.log_ent_coef], lr=PAPER_ENT_COEF_LR)
+        self._target_entropy: float | None = None
         initial = self.ent_coef
         if isinstance(self.ent_coef, str):
             mode, _, number = self.ent_coef.partition("_")
-            initial = float(number or 1)
+            initial = PAPER_ENT_COEF_INIT if mode == "paper" else float(number or 1)
             if mode == "paper":
-                initial = PAPER_ENT_COEF_INIT
-                self.ent_coef_optimizer = th.optim.Adam([self.policy.log_ent_coef], lr=PAPER_ENT_COEF_LR)
                 self._target_entropy = -float(number or 0.9) * self.actor.action_dim
         self.policy.log_ent_coef.data.fill_(np.log(initial))
 
@@ -325,7 +341,8 @@ class SDAC(OffPolicyAlgorithm):
                 target_q_values = self.reward_scale * replay_data.rewards + (1 - replay_data.dones) * discounts * next_q_values
 
             # Critic loss: the squared TD error of each critic
-            current_q_values = self.critic.q_values(self.critic.encode(replay_data.observations), replay_data.actions)  # (C, B)
+            encoded = self.critic.encode(replay_data.observations)
+            current_q_values = self.critic.q_values(encoded, replay_data.actions)  # (C, B)
             critic_loss = (current_q_values - target_q_values.squeeze(1)).square().mean(dim=1).sum()
             self.critic.optimizer.zero_grad()
             critic_loss.backward()
@@ -345,8 +362,8 @@ class SDAC(OffPolicyAlgorithm):
                 self.actor.optimizer.step()
                 self._n_actor_updates += 1
 
-            if self.ent_coef_optimizer is not None and self._n_updates % PAPER_ENT_COEF_INTERVAL == 0:
-                self._step_paper_temperature(self.ent_coef_optimizer)
+            if self._target_entropy is not None and self._n_updates % PAPER_ENT_COEF_INTERVAL == 0:
+                self._step_paper_temperature(self._target_entropy)
 
             if self._n_updates % self.target_update_interval == 0:
                 self._update_targets()
@@ -410,9 +427,7 @@ class SDAC(OffPolicyAlgorithm):
         if self.score_matching == "mirror_descent":
             with th.no_grad():
                 q_values = self.critic.min_q(encoded_critic, actions).unsqueeze(1)  # (B, 1)
-                weights = sm.mirror_descent_weights(
-                    q_values, self.q_running_mean, self.q_running_std, self.ent_coef_tensor
-                )
+                weights = sm.mirror_descent_weights(q_values, self.q_running_mean, self.q_running_std, self.ent_coef_tensor)
                 self.q_running_mean.lerp_(q_values.mean(), Q_STATISTICS_RATE)
                 self.q_running_std.lerp_(q_values.std(correction=0), Q_STATISTICS_RATE)
                 # Effective sample size over the batch, as a number between 1 and B
@@ -460,18 +475,18 @@ class SDAC(OffPolicyAlgorithm):
         rate = 1.0 if first else TEMPERATURE_RATE
         self.policy.log_ent_coef.lerp_((temperature / self.reward_scale).log(), rate)
 
-    def _step_paper_temperature(self, optimizer: th.optim.Optimizer) -> None:
+    def _step_paper_temperature(self, target_entropy: float) -> None:
         """
         One step of the authors' temperature: loss = -log_alpha (target - H), where H is the entropy of the exploration noise.
 
         No data enters. H = A/2 log(2 pi e (0.1 alpha)^2) counts as a constant, so the gradient is H - target.
 
-        :param optimizer: of log_alpha
+        :param target_entropy: -0.9 A unless told otherwise, in nats
         """
         log_std = np.log(self.exploration_noise) + self.policy.log_ent_coef
         entropy = self.actor.action_dim * (0.5 * np.log(2 * np.pi * np.e) + log_std)
-        self.policy.log_ent_coef.grad = entropy - self._target_entropy
-        optimizer.step()
+        self.policy.log_ent_coef.grad = entropy - target_entropy
+        self.ent_coef_optimizer.step()
 
     def _update_targets(self) -> None:
         """Polyak step of the target critics and of the averaged actor."""
@@ -549,8 +564,13 @@ class SDAC(OffPolicyAlgorithm):
         dones: np.ndarray,
         infos: list[dict[str, Any]],
     ) -> None:
-        self._check_finite("observation", new_obs)
-        self._check_finite("reward", reward)
+        if self._vec_normalize_env is None:
+            original_obs, original_reward = new_obs, reward
+        else:  # what is stored; VecNormalize's clipping would hide that it is infinite
+            original_obs = self._vec_normalize_env.get_original_obs()
+            original_reward = self._vec_normalize_env.get_original_reward()
+        self._check_finite("observation", original_obs)
+        self._check_finite("reward", original_reward)
         for info in infos:
             if info.get("terminal_observation") is not None:
                 self._check_finite("terminal observation", info["terminal_observation"])
@@ -568,8 +588,8 @@ class SDAC(OffPolicyAlgorithm):
             if not np.isfinite(value).all():
                 name = name if key is None else f"{name} '{key}'"
                 raise ValueError(
-                    f"The {name} at environment step {self.num_timesteps} is not finite: {value}. Nothing of this step was stored "
-                    "or learned from; the model can still be saved. stable_baselines3's VecCheckNan helps to find the origin."
+                    f"The {name} at environment step {self.num_timesteps} is not finite: {value}. Nothing of this step was "
+                    "stored or learned from; the model can still be saved. SB3's VecCheckNan helps to find the origin."
                 )
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
@@ -601,8 +621,9 @@ class SDAC(OffPolicyAlgorithm):
             finite = np.isfinite(action_space.low).all() and np.isfinite(action_space.high).all()
             if not finite or (action_space.low >= action_space.high).any():
                 raise ValueError(
-                    f"SDAC needs an action space with finite bounds, low < high, but got {action_space} with low {action_space.low} and "
-                    f"high {action_space.high}. Wrap the environment, for instance with gymnasium.wrappers.RescaleAction."
+                    f"SDAC needs an action space with finite bounds, low < high, but got {action_space} with low "
+                    f"{action_space.low} and high {action_space.high}. Wrap the environment, for instance with "
+                    "gymnasium.wrappers.RescaleAction."
                 )
         return vec_env
 
@@ -624,7 +645,8 @@ class SDAC(OffPolicyAlgorithm):
 
         :param path: the file, with or without ``.zip``
         :param env: environment to go on learning from
-        :param device: where to put the networks; if it is not there, a warning and the CPU, so that models move between machines
+        :param device: where to put the networks; if it is not there, a warning and the CPU, so that models move between
+            machines
         :param custom_objects: objects to use instead of those saved under the same name
         :param print_system_info: print versions at saving and now
         :param force_reset: reset the environment before learning goes on
@@ -633,15 +655,23 @@ class SDAC(OffPolicyAlgorithm):
         :raises ValueError: if the file is not a complete model of SDAC, or does not fit the environment or the arguments
         """
         if str(device) != "auto" and th.device(device).type != get_device(device).type:
-            warnings.warn(f"device={str(device)!r} was asked for but is not there: the model is loaded on {get_device(device)}")
+            warnings.warn(
+                f"device={str(device)!r} was asked for but is not there: the model is loaded on {get_device(device)}",
+                stacklevel=2,
+            )
             device = "auto"
         try:
             model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
-        except (RuntimeError, KeyError) as error:
-            raise ValueError(
-                f"The file {path} is damaged, or its networks do not have the architecture of the model built for them: {error}"
-            ) from error
-        if not isinstance(model.ent_coef, str):  # the saved policy holds the coefficient at saving, `kwargs` may hold another
+        except Exception as error:
+            # A damaged file speaks through many types of SB3, zipfile, json and torch; a plain ValueError is a verdict already
+            damaged = isinstance(error, (UnicodeError, json.JSONDecodeError))
+            if isinstance(error, (OSError, ValueError)) and not damaged:
+                raise
+            # SB3 meets a ValueError of load_state_dict with an attempt to read an old DQN, whose KeyError says nothing
+            reason = error.__context__ if isinstance(error, KeyError) and error.__context__ is not None else error
+            raise ValueError(f"{path} cannot be loaded, it is damaged or of another architecture: {reason!r}") from error
+        # The saved policy holds the coefficient at saving, `kwargs` may hold another
+        if not isinstance(model.ent_coef, str):
             model.policy.log_ent_coef.data.fill_(np.log(model.ent_coef))
         return model
 
@@ -650,10 +680,7 @@ class SDAC(OffPolicyAlgorithm):
         return [*super()._excluded_save_params(), *aliases]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        state_dicts = ["policy", "actor.optimizer", "critic.optimizer"]
-        if self.ent_coef_optimizer is not None:
-            state_dicts.append("ent_coef_optimizer")
-        return state_dicts, ["q_running_mean", "q_running_std"]
+        return ["policy", "actor.optimizer", "critic.optimizer", "ent_coef_optimizer"], ["q_running_mean", "q_running_std"]
 
     def _check_arguments(self) -> None:
         """
@@ -663,72 +690,83 @@ class SDAC(OffPolicyAlgorithm):
         """
         if not issubclass(self.policy_class, DiffusionPolicy):
             raise ValueError(
-                f"The policy of SDAC must be 'MlpPolicy', 'CnnPolicy', 'MultiInputPolicy' or a subclass of DiffusionPolicy, got "
-                f"{self.policy_class.__name__}. If it comes from a file, another algorithm saved that: load it with the same."
+                "The policy of SDAC must be 'MlpPolicy', 'CnnPolicy', 'MultiInputPolicy' or a subclass of DiffusionPolicy, "
+                f"got {self.policy_class.__name__}. If it comes from a file: another algorithm saved that, use it to load."
             )
-        counts = ["n_diffusion_steps", "n_sampling_steps", "n_particles", "policy_delay", "target_update_interval", "critic_steps"]
-        counts += ["batch_size", "buffer_size", "n_steps"] + ["n_target_particles"] * (self.n_target_particles is not None)
-        for name in counts:
-            _check(name, getattr(self, name), _is_count(getattr(self, name), at_least=1), "an integer of at least 1")
-        _check(
-            "n_sampling_steps",
-            self.n_sampling_steps,
-            self.n_sampling_steps <= self.n_diffusion_steps,
-            f"at most n_diffusion_steps={self.n_diffusion_steps}",
+        for name in self._diffusion_kwargs():
+            if name in self.policy_kwargs:
+                given = f"policy_kwargs={{{name!r}: {self.policy_kwargs[name]!r}}}"
+                raise ValueError(
+                    f"{name} is an argument of SDAC itself, not of its policy: give {name}=... instead of {given}"
+                )
+        counts = ["n_diffusion_steps", "n_sampling_steps", "n_particles", "policy_delay", "target_update_interval"]
+        counts += ["critic_steps", "batch_size", "buffer_size", "n_steps"]
+        self._check(_is_count, "an integer of at least 1", *counts)
+        if self.n_target_particles is not None:
+            self._check(_is_count, "an integer of at least 1, or None", "n_target_particles")
+        self._check(lambda value: _is_count(value) or value in (0, -1), "an integer of at least -1", "gradient_steps")
+        self._check(
+            lambda value: _is_count(value[0] if isinstance(value, tuple) and value else value),
+            "an integer of at least 1, or a tuple of one and 'step' or 'episode'",
+            "train_freq",
         )
-        for name, known in [
+        at_most = f"at most n_diffusion_steps={self.n_diffusion_steps}"
+        self._check(lambda value: value <= self.n_diffusion_steps, at_most, "n_sampling_steps")
+        self._check(lambda value: _is_number(value) and value > 0, "a positive number", "init_noise_scale", "reward_scale")
+        self._check(lambda value: _is_number(value) and value >= 0, "a number of at least 0", "exploration_noise")
+        self._check(lambda value: _is_number(value) and 0 <= value <= 1, "a number between 0 and 1", "eta", "tau", "gamma")
+        for name, known in (
             ("beta_schedule", list(BETA_SCHEDULES)),
             ("score_matching", ["reverse_sampling", "gradient_assisted", "mirror_descent"]),
             ("proposal", list(sm.PROPOSALS)),
             ("anchor", ["next", "current"]),
-        ]:
-            _check(name, getattr(self, name), getattr(self, name) in known, f"one of {known}")
+        ):
+            self._check(known.__contains__, f"one of {known}", name)
         if self.score_matching != "mirror_descent":
-            enough = _is_count(self.n_reverse_samples, at_least=2)
-            _check("n_reverse_samples", self.n_reverse_samples, enough, "an integer of at least 2 (the weight of a single one is always 1)")
-        for name in ["init_noise_scale", "reward_scale"]:
-            value = getattr(self, name)
-            _check(name, value, _is_number(value) and value > 0, "a positive number")
-        for name in ["eta", "tau", "gamma"]:
-            value = getattr(self, name)
-            _check(name, value, _is_number(value) and 0 <= value <= 1, "a number between 0 and 1")
-        noise = self.exploration_noise
-        _check("exploration_noise", noise, _is_number(noise) and noise >= 0, "a number of at least 0")
+            allowed = "an integer of at least 2 (the weight of a single one is always 1)"
+            self._check(lambda value: _is_count(value) and value >= 2, allowed, "n_reverse_samples")
         if self.actor_lr_decay is not None:
-            valid = len(self.actor_lr_decay) == 3 and 0 <= self.actor_lr_decay[1] < self.actor_lr_decay[2]
-            _check("actor_lr_decay", self.actor_lr_decay, valid, "(final learning rate, first, last actor update) with first < last")
-        _check(
-            "ent_coef", self.ent_coef, _is_ent_coef(self.ent_coef), "a positive number, 'auto', 'auto_<number>', 'paper' or 'paper_<number>'"
-        )
+            allowed = "(final learning rate, first, last actor update) with first < last, or None"
+            self._check(_is_lr_decay, allowed, "actor_lr_decay")
+        self._check(_is_ent_coef, "a positive number, 'auto', 'auto_<number>', 'paper' or 'paper_<number>'", "ent_coef")
         if str(self.ent_coef).startswith("auto"):
             if self.score_matching == "mirror_descent":
-                raise ValueError("ent_coef='auto' needs reverse samples; with score_matching='mirror_descent' give a number or 'paper'")
+                raise ValueError("ent_coef='auto' needs reverse samples; with 'mirror_descent' give a number or 'paper'")
             lowest = 1 / self.n_reverse_samples
-            in_range = _is_number(self.target_ess) and lowest < self.target_ess < 1
-            _check("target_ess", self.target_ess, in_range, f"a fraction of n_reverse_samples, between {lowest:g} and 1")
-        paper = isinstance(self.ent_coef, str) and self.ent_coef.startswith("paper")
-        if paper and self.exploration_noise == 0:
-            raise ValueError("ent_coef='paper' is derived from the entropy of the exploration noise: exploration_noise must be positive")
+            allowed = f"a fraction of n_reverse_samples, between {lowest:g} and 1"
+            self._check(lambda value: _is_number(value) and lowest < value < 1, allowed, "target_ess")
+        if str(self.ent_coef).startswith("paper") and self.exploration_noise == 0:
+            raise ValueError(
+                "ent_coef='paper' is made from the exploration noise's entropy: exploration_noise must be positive"
+            )
 
-
-def _check(name: str, value: Any, valid: bool, allowed: str) -> None:
-    if not valid:
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+    def _check(self, is_valid: Callable[[Any], bool], allowed: str, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if not is_valid(value):
+                raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and bool(np.isfinite(value))
 
 
-def _is_count(value: Any, at_least: int) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= at_least
+def _is_count(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and bool(value >= 1)
+
+
+def _is_lr_decay(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) == 3 and all(map(_is_number, value)) and 0 <= value[1] < value[2]
 
 
 def _is_ent_coef(value: Any) -> bool:
     if isinstance(value, str):
-        mode, _, number = value.partition("_")
-        return mode in ("auto", "paper") and (value == mode or (number.replace('.', '', 1).isdigit() and float(number) > 0))
-    return _is_number(value) and value > 0
+        mode, separator, number = value.partition("_")
+        try:
+            return mode in ("auto", "paper") and (not separator or 0 < float(number) < np.inf)
+        except ValueError:
+            return False
+    return _is_number(value) and bool(value > 0)
 
 
 def _check_device(device: th.device | str) -> None:

@@ -1,8 +1,9 @@
 """
 Runs Stable-Baselines3's own published tests with SDAC standing in for SAC: ``python tests/sb3_standin.py``.
 
-The tests come from the source distribution of the installed version of SB3 (pip downloads it). ``--algo sb3_contrib:TQC`` runs the same
-selection with TQC, to compare. Beyond gSDE, which SDAC refuses, test_tensorboard fails for both: it expects SAC's name in the log's folder.
+The tests come from the source distribution of the installed version of SB3 (pip downloads it). ``--algo
+sb3_contrib:TQC`` runs the same selection with TQC, to compare. Beyond gSDE, which SDAC refuses, test_tensorboard fails
+for both: it expects SAC's name in the log's folder.
 """
 
 import argparse
@@ -19,8 +20,8 @@ import stable_baselines3
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 FILES = (
-    "run save_load predict deterministic spaces dict_env train_eval_mode n_step_replay callbacks vec_normalize her identity cnn "
-    "custom_policy tensorboard"
+    "run save_load predict deterministic spaces dict_env train_eval_mode n_step_replay callbacks vec_normalize her identity "
+    "cnn custom_policy tensorboard"
 ).split()
 
 if "SB3_STANDIN" in os.environ:  # as a plugin of pytest, before the tests import SAC
@@ -67,7 +68,9 @@ def main() -> int:
             "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
         }
         command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-p", "sb3_standin", *pytest_arguments]
-        return subprocess.run([*command, *(f"tests/test_{name}.py" for name in FILES)], cwd=tests.parent, env=environment).returncode
+        return subprocess.run(
+            [*command, *(f"tests/test_{name}.py" for name in FILES)], cwd=tests.parent, env=environment
+        ).returncode
 
 
 if __name__ == "__main__":

@@ -432,10 +432,8 @@ def test_other_architecture(tmp_path: Path) -> None:
         SDAC.load(tmp_path / "model.zip")
 
 
-@pytest.mark.parametrize(
-    "kwargs", [{"policy_kwargs": {"net_arch": [12]}}, {"average_actor": True}, {"ent_coef": "paper"}], ids=str
-)
+@pytest.mark.parametrize("kwargs", [{"policy_kwargs": {"net_arch": [12]}}, {"average_actor": True}], ids=str)
 def test_parameters_of_another_architecture(kwargs: dict[str, Any], tmp_path: Path) -> None:
     make_model(**kwargs).save(tmp_path / "other.zip")
-    with pytest.raises((ValueError, RuntimeError), match=r"(?i)size mismatch|unexpected key|do not match|ent_coef_optimizer"):
+    with pytest.raises((ValueError, RuntimeError), match=r"(?i)size mismatch|unexpected key|do not match"):
         make_model().set_parameters(str(tmp_path / "other.zip"))

@@ -56,9 +56,7 @@ def test_gradient_noise_is_the_posterior_mean(diffusion: GaussianDiffusion, t: i
     x_t = diffusion.sqrt_alphas_cumprod[t].item() * MU + 0.1
     generator = th.Generator().manual_seed(t)
     steps = th.tensor([[t]])
-    x_0, noise = sm.truncated_normal_candidates(
-        diffusion, th.tensor([[x_t]]), steps, th.rand((1, n, 1), generator=generator)
-    )
+    x_0, _ = sm.truncated_normal_candidates(diffusion, th.tensor([[x_t]]), steps, th.rand((1, n, 1), generator=generator))
     weights = sm.softmax_weights(quadratic_q(x_0), 1.0)
     target = sm.gradient_noise(quadratic_q, diffusion, steps, x_0, weights, 1.0, th.rand((1, n), generator=generator))
     exact = posterior_mean_noise(diffusion, x_t, t)
@@ -155,7 +153,7 @@ def test_solve_temperature_survives_a_flat_q() -> None:
 
 def test_no_gradient_reaches_q_or_the_weights(diffusion: GaussianDiffusion) -> None:
     critic = th.nn.Linear(2, 1)
-    x_0, noise = sm.truncated_normal_candidates(diffusion, th.zeros(3, 2), th.full((3, 1), 2), th.rand(3, 8, 2))
+    x_0, _ = sm.truncated_normal_candidates(diffusion, th.zeros(3, 2), th.full((3, 1), 2), th.rand(3, 8, 2))
     with th.no_grad():
         weights = sm.softmax_weights(critic(x_0).squeeze(-1), 1.0)
     target = sm.gradient_noise(

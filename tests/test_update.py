@@ -146,7 +146,7 @@ def test_critic_steps_repeat_the_same_gradient(monkeypatch: pytest.MonkeyPatch) 
     for critic_steps in (1, 2):
         model = make_model(critic_steps=critic_steps, qf_learning_rate=1e-3)
         give_batch(model, monkeypatch, batch())
-        bias = model.critic.q_networks.rest[-1].bias
+        *_, bias = model.critic.q_networks.parameters()
         before = bias.detach().clone()
         model.train(1)
         moves.append((bias - before).abs().max().item())
@@ -183,7 +183,12 @@ def test_n_target_particles(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(n_particles=2, n_target_particles=3)
     drawn: list[int] = []
     original = model.actor.draw_noise
-    monkeypatch.setattr(model.actor, "draw_noise", lambda b, n: drawn.append(n) or original(b, n))
+
+    def draw_noise(batch_size: int, n_particles: int) -> tuple[th.Tensor, th.Tensor | None]:
+        drawn.append(n_particles)
+        return original(batch_size, n_particles)
+
+    monkeypatch.setattr(model.actor, "draw_noise", draw_noise)
     give_batch(model, monkeypatch, batch())
     model.train(1)
     model.predict(np.zeros(3, dtype=np.float32))
@@ -241,9 +246,9 @@ def test_paper_temperature(monkeypatch: pytest.MonkeyPatch, ent_coef: str, targe
         values.append(model.ent_coef_tensor.item())
     assert np.flatnonzero(np.diff(values)).tolist() == [249]  # between the updates 249 and 250
     assert values[0] == pytest.approx(5 * math.exp(-7e-3), rel=1e-4)  # Adam's first step is its learning rate
-    assert model.ent_coef_optimizer is not None
+    assert model._target_entropy is not None
     for _ in range(1500):
-        model._step_paper_temperature(model.ent_coef_optimizer)
+        model._step_paper_temperature(model._target_entropy)
     fixed_point = math.exp(-target_per_dim) / math.sqrt(2 * math.pi * math.e) / 0.1
     assert model.ent_coef_tensor.item() == pytest.approx(fixed_point, rel=1e-3)
     if ent_coef == "paper":

@@ -54,9 +54,7 @@ def hook_is_installed() -> bool:
     return subprocess.run([sys.executable, "-c", code], cwd=tempfile.gettempdir()).returncode == 0
 
 
-needs_hook = pytest.mark.skipif(
-    not hook_is_installed(), reason='no start-up hook: pip install ".[tests]", without -e'
-)
+needs_hook = pytest.mark.skipif(not hook_is_installed(), reason='no start-up hook: pip install ".[tests]", without -e')
 
 
 @pytest.fixture
