@@ -41,19 +41,29 @@ PAPER_ENT_COEF_INIT, PAPER_ENT_COEF_LR, PAPER_ENT_COEF_INTERVAL = 5.0, 7e-3, 250
 
 #: Official SDAC, point by point; with five environments and one update per vector step (README, "The paper's configuration")
 PAPER_SDAC: dict[str, Any] = {
+    "learning_rate": 3e-4,
     "learning_starts": 30_000,
+    "batch_size": 256,
+    "tau": 0.005,
+    "gamma": 0.99,
+    "n_diffusion_steps": 20,
     "n_sampling_steps": 20,
     "eta": 1.0,
+    "init_noise_scale": 0.5,
+    "beta_schedule": "linear",
     "n_particles": 32,
     "n_reverse_samples": 64,
     "score_matching": "reverse_sampling",
     "proposal": "clipped_normal",
     "anchor": "current",
     "ent_coef": "paper",
+    "exploration_noise": 0.1,
     "scale_noise_by_ent_coef": True,
     "clip_target_actions": False,
+    "policy_delay": 2,
     "target_update_interval": 2,
     "average_actor": True,
+    "reward_scale": 0.2,
     "actor_lr_decay": (3e-5, 25_000, 75_000),
 }
 
