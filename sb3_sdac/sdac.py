@@ -361,6 +361,9 @@ class SDAC(OffPolicyAlgorithm):
 
             # Actor loss: score matching on the critics as they are before this update's (last) step
             if step_actor:
+                if self.critic_steps > 1:  # they are not those that encoded the next observations any more
+                    with th.no_grad():
+                        encoded_next = self.critic.encode(replay_data.next_observations)
                 actor_loss, reverse_ess = self._score_matching_loss(replay_data, next_actions, encoded_next)
                 actor_metrics.append(th.stack([actor_loss.detach(), reverse_ess]))
 

@@ -154,6 +154,24 @@ def test_critic_steps_repeat_the_same_gradient(monkeypatch: pytest.MonkeyPatch) 
     assert moves[1] == pytest.approx(2e-3, rel=1e-3)
 
 
+@pytest.mark.parametrize("critic_steps", [1, 2])
+def test_score_target_sees_one_and_the_same_critic(monkeypatch: pytest.MonkeyPatch, critic_steps: int) -> None:
+    """Official DPMD weighs by the critics after the first of their two steps, all of their layers."""
+    model = make_model(critic_steps=critic_steps, score_matching="mirror_descent", ent_coef=1.0)
+    data = batch()
+    give_batch(model, monkeypatch, data)
+    original = model._score_matching_loss
+    seen: list[th.Tensor] = []
+
+    def spy(replay_data: ReplayBufferSamples, actions: th.Tensor, encoded: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        seen.extend([encoded, model.critic.encode(data.next_observations)])
+        return original(replay_data, actions, encoded)
+
+    monkeypatch.setattr(model, "_score_matching_loss", spy)
+    model.train(1)
+    assert th.equal(*seen)
+
+
 def test_score_target_sees_the_critics_before_their_step(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model()
     give_batch(model, monkeypatch, batch())
