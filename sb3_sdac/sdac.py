@@ -331,7 +331,7 @@ class SDAC(OffPolicyAlgorithm):
         """
         # Switch to train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
-        self._update_learning_rates()
+        update_learning_rate(self.critic.optimizer, self._qf_learning_rate())
         metrics: list[th.Tensor] = []
         actor_metrics: list[th.Tensor] = []
 
@@ -369,7 +369,7 @@ class SDAC(OffPolicyAlgorithm):
 
             self.critic.optimizer.step()
             if step_actor:
-                self._decay_actor_learning_rate()
+                update_learning_rate(self.actor.optimizer, self._actor_learning_rate())
                 self.actor.optimizer.zero_grad()
                 actor_loss.backward()
                 self.actor.optimizer.step()
@@ -388,8 +388,8 @@ class SDAC(OffPolicyAlgorithm):
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self._record_means(["critic_loss", "q_value", "ent_coef"], metrics)
         self._record_means(["actor_loss", "reverse_ess"], actor_metrics)
-        self.logger.record("train/learning_rate", self.actor.optimizer.param_groups[0]["lr"])
-        self.logger.record("train/qf_learning_rate", self.critic.optimizer.param_groups[0]["lr"])
+        self.logger.record("train/learning_rate", self._actor_learning_rate())
+        self.logger.record("train/qf_learning_rate", self._qf_learning_rate())
 
     def _record_means(self, names: list[str], metrics: list[th.Tensor]) -> None:
         """
@@ -516,19 +516,21 @@ class SDAC(OffPolicyAlgorithm):
         # None: whatever the actor's schedule is at the time
         self.qf_lr_schedule = None if self.qf_learning_rate is None else FloatSchedule(self.qf_learning_rate)
 
-    def _update_learning_rates(self) -> None:
-        """Learning rates that follow the training progress."""
-        update_learning_rate(self.actor.optimizer, self.lr_schedule(self._current_progress_remaining))
-        qf_lr_schedule = self.qf_lr_schedule or self.lr_schedule
-        update_learning_rate(self.critic.optimizer, qf_lr_schedule(self._current_progress_remaining))
-
-    def _decay_actor_learning_rate(self) -> None:
-        """Actor's learning rate that follows its own updates (the paper), if so asked."""
+    def _actor_learning_rate(self) -> float:
+        """
+        :return: learning rate of the actor's next update: the schedule in training progress, decayed in its own updates if so
+            asked (the paper)
+        """
+        learning_rate = self.lr_schedule(self._current_progress_remaining)
         if self.actor_lr_decay is not None:
             final, begin, end = self.actor_lr_decay
             fraction = min(max((self._n_actor_updates - begin) / (end - begin), 0.0), 1.0)
-            initial = self.lr_schedule(self._current_progress_remaining)
-            update_learning_rate(self.actor.optimizer, initial + fraction * (final - initial))
+            learning_rate += fraction * (final - learning_rate)
+        return learning_rate
+
+    def _qf_learning_rate(self) -> float:
+        """:return: learning rate of the critics, which follows the actor's schedule (not its decay) unless it has its own"""
+        return (self.qf_lr_schedule or self.lr_schedule)(self._current_progress_remaining)
 
     def learn(
         self: SelfSDAC,
