@@ -38,14 +38,16 @@ class ZooFinder:
 
 def register_after_execution(spec: "ModuleSpec") -> None:
     """Makes the loader of a module call :func:`register` at the end."""
-    assert spec.loader is not None
-    exec_module = spec.loader.exec_module
+    loader = spec.loader
+    if loader is None:  # a namespace package: nothing is executed
+        return
+    exec_module = loader.exec_module
 
     def exec_module_and_register(module: "ModuleType") -> None:
         exec_module(module)
         register(module)
 
-    spec.loader.exec_module = exec_module_and_register  # type: ignore[method-assign]
+    loader.exec_module = exec_module_and_register  # type: ignore[method-assign]
 
 
 def register(module: "ModuleType") -> None:

@@ -27,6 +27,14 @@ from sb3_sdac.diffusion import BETA_SCHEDULES, GaussianDiffusion
 from sb3_sdac.networks import CriticEnsemble, Mish, NoisePredictor
 
 
+def is_count(value: Any) -> bool:
+    """
+    :param value: anything
+    :return: whether it is an integer (Python's or NumPy's) of at least 1
+    """
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and bool(value >= 1)
+
+
 def _constructor_parameters(model: BaseModel, cls: type[BaseModel]) -> dict[str, Any]:
     """
     The value of every constructor argument, so that a saved policy can never silently lose one.
@@ -43,7 +51,8 @@ class Actor(BasePolicy):
     """
     Features extractor, noise predictor and the diffusion that turns its predictions into actions.
 
-    Used alone it acts without critics, on a single particle. See :class:`DiffusionPolicy` for the arguments not listed.
+    Used alone it acts without critics, on a single particle (with ``average_actor``, the policy acts with ``actor_target``).
+    See :class:`DiffusionPolicy` for the arguments not listed.
 
     :param features_extractor: network that extracts features
     :param features_dim: width of the features
@@ -269,7 +278,8 @@ class DiffusionPolicy(BasePolicy):
     :param optimizer_class: optimizer of the actor and of the critics
     :param optimizer_kwargs: its keyword arguments besides the learning rate
     :param n_critics: C, the number of critics
-    :param share_features_extractor: let the critics use the actor's features extractor (which saves computation)
+    :param share_features_extractor: let the critics use the actor's features extractor, which then learns from the actor's
+        loss only (this saves memory and the critics' backward pass through it)
     :param n_diffusion_steps: T, the number of steps of the diffusion
     :param n_sampling_steps: denoising steps taken to draw an action, between 1 and T
     :param eta: 0 for deterministic denoising (DDIM) up to 1 for ancestral sampling (DDPM)
@@ -322,9 +332,13 @@ class DiffusionPolicy(BasePolicy):
             optimizer_kwargs=optimizer_kwargs,
             squash_output=True,
         )
-        if n_critics < 1:
-            raise ValueError(f"n_critics must be an integer of at least 1, got {n_critics!r}")
         self.net_arch = [256, 256, 256] if net_arch is None else net_arch
+        actor_arch, critic_arch = get_actor_critic_arch(self.net_arch)
+        for name, counts in (("n_critics", [n_critics]), ("net_arch", [*actor_arch, *critic_arch])):
+            if not all(is_count(count) for count in counts):
+                raise ValueError(
+                    f"{name} must hold integers of at least 1, got {n_critics if name == 'n_critics' else net_arch!r}"
+                )
         self.activation_fn = activation_fn
         self.n_critics = n_critics
         self.share_features_extractor = share_features_extractor
@@ -338,7 +352,6 @@ class DiffusionPolicy(BasePolicy):
         self.scale_noise_by_ent_coef = scale_noise_by_ent_coef
         self.average_actor = average_actor
 
-        actor_arch, critic_arch = get_actor_critic_arch(self.net_arch)
         net_kwargs = {
             "observation_space": observation_space,
             "action_space": action_space,

@@ -14,7 +14,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, ReplayBufferSamples, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, ReplayBufferSamples, Schedule, TensorDict
 from stable_baselines3.common.utils import (
     FloatSchedule,
     get_device,
@@ -23,10 +23,11 @@ from stable_baselines3.common.utils import (
     update_learning_rate,
 )
 from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_sdac import score_matching as sm
 from sb3_sdac.diffusion import BETA_SCHEDULES
-from sb3_sdac.policies import Actor, CnnPolicy, Critic, DiffusionPolicy, MlpPolicy, MultiInputPolicy
+from sb3_sdac.policies import Actor, CnnPolicy, Critic, DiffusionPolicy, MlpPolicy, MultiInputPolicy, is_count
 
 SelfSDAC = TypeVar("SelfSDAC", bound="SDAC")
 
@@ -46,12 +47,16 @@ PAPER_SDAC: dict[str, Any] = {
     "batch_size": 256,
     "tau": 0.005,
     "gamma": 0.99,
+    "train_freq": 1,
+    "gradient_steps": 1,
+    "n_steps": 1,
     "n_diffusion_steps": 20,
     "n_sampling_steps": 20,
     "eta": 1.0,
     "init_noise_scale": 0.5,
     "beta_schedule": "linear",
     "n_particles": 32,
+    "n_target_particles": None,
     "n_reverse_samples": 64,
     "score_matching": "reverse_sampling",
     "proposal": "clipped_normal",
@@ -64,7 +69,9 @@ PAPER_SDAC: dict[str, Any] = {
     "target_update_interval": 2,
     "average_actor": True,
     "reward_scale": 0.2,
+    "qf_learning_rate": None,
     "actor_lr_decay": (3e-5, 25_000, 75_000),
+    "critic_steps": 1,
 }
 
 #: Official DPMD: the mirror-descent loss and two steps of the critics' optimizer per update. The first version of the paper
@@ -118,7 +125,8 @@ class SDAC(OffPolicyAlgorithm):
         positive float, ``"auto"`` to set it from the data such that the candidates' weights have the effective sample
         size ``target_ess`` (``"auto_0.1"`` to start that from 0.1 instead of the first batch's solution), or
         ``"paper"`` for the authors' fixed curve from 5 to 0.984 (``"paper_1.5"`` ends at 0.54: the number is the target
-        entropy per action dimension, negated, 0.9 by default)
+        entropy per action dimension, negated, 0.9 by default; the end is inversely proportional to ``exploration_noise``, here
+        0.1). With mirror descent it has no unit.
     :param target_ess: effective sample size to reach with ``ent_coef="auto"``, as a fraction of K, between 1/K and 1
     :param exploration_noise: standard deviation of the normal noise on sampled actions, which are scaled to [-1, 1]
     :param scale_noise_by_ent_coef: multiply the exploration noise with the entropy coefficient (the paper)
@@ -204,11 +212,6 @@ class SDAC(OffPolicyAlgorithm):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
     ):
-        if use_sde:
-            raise ValueError(
-                "use_sde=True is not supported: a diffusion policy has no Gaussian whose noise could depend on the state. "
-                "Leave it False; exploration_noise and action_noise set how SDAC explores."
-            )
         _check_device(device)
         super().__init__(
             policy,
@@ -232,6 +235,7 @@ class SDAC(OffPolicyAlgorithm):
             verbose=verbose,
             seed=seed,
             device=device,
+            use_sde=use_sde,
             sde_support=False,
             supported_action_spaces=(spaces.Box,),
             support_multi_env=True,
@@ -259,6 +263,7 @@ class SDAC(OffPolicyAlgorithm):
         self.qf_learning_rate = qf_learning_rate
         self.actor_lr_decay = actor_lr_decay
         self.critic_steps = critic_steps
+        self._saved_ent_coef = ent_coef  # what it was when the model was saved, should `load` change it
         self._n_actor_updates = 0
 
         if _init_setup_model:
@@ -281,6 +286,9 @@ class SDAC(OffPolicyAlgorithm):
         # Running statistics of batch normalisation are copied, not averaged, see SB3's issue 996
         self.batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
         self.batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
+        if self.actor_target is not None:
+            self.batch_norm_stats += get_parameters_by_name(self.actor, ["running_"])
+            self.batch_norm_stats_target += get_parameters_by_name(self.actor_target, ["running_"])
         self._setup_temperature()
         self.q_running_mean = th.zeros((), device=self.device)
         self.q_running_std = th.ones((), device=self.device)
@@ -313,7 +321,7 @@ class SDAC(OffPolicyAlgorithm):
 
     @property
     def ent_coef_tensor(self) -> th.Tensor:
-        """The entropy coefficient (alpha or lambda in the paper), in the unit of the reward."""
+        """The entropy coefficient (alpha or lambda in the paper), in the unit of the reward (mirror descent: without one)."""
         return self.policy.log_ent_coef.exp()
 
     def _create_aliases(self) -> None:
@@ -358,14 +366,16 @@ class SDAC(OffPolicyAlgorithm):
             critic_loss.backward()
             for _ in range(self.critic_steps - 1):
                 self.critic.optimizer.step()
+            if self.critic_steps > 1:  # the critics are not those that encoded the next observations any more
+                with th.no_grad():
+                    encoded_next = self.critic.encode(replay_data.next_observations)
 
             # Actor loss: score matching on the critics as they are before this update's (last) step
             if step_actor:
-                if self.critic_steps > 1:  # they are not those that encoded the next observations any more
-                    with th.no_grad():
-                        encoded_next = self.critic.encode(replay_data.next_observations)
                 actor_loss, reverse_ess = self._score_matching_loss(replay_data, next_actions, encoded_next)
                 actor_metrics.append(th.stack([actor_loss.detach(), reverse_ess]))
+            if self.score_matching == "mirror_descent":
+                self._track_q_statistics(self.critic.min_q(encoded_next, next_actions).detach())
 
             self.critic.optimizer.step()
             if step_actor:
@@ -441,8 +451,6 @@ class SDAC(OffPolicyAlgorithm):
             with th.no_grad():
                 q_values = self.critic.min_q(encoded_critic, actions).unsqueeze(1)  # (B, 1)
                 weights = sm.mirror_descent_weights(q_values, self.q_running_mean, self.q_running_std, self.ent_coef_tensor)
-                self.q_running_mean.lerp_(q_values.mean(), Q_STATISTICS_RATE)
-                self.q_running_std.lerp_(q_values.std(correction=0), Q_STATISTICS_RATE)
                 # Effective sample size over the batch, as a number between 1 and B
                 reverse_ess = sm.effective_sample_size((weights / weights.sum()).squeeze(1))
             return sm.denoising_loss(predicted_noise, noise, weights), reverse_ess
@@ -477,6 +485,15 @@ class SDAC(OffPolicyAlgorithm):
         target = target.lerp(assisted, sm.gradient_share(self.actor.diffusion, t))  # (B, A)
         return sm.denoising_loss(predicted_noise, target), reverse_ess
 
+    def _track_q_statistics(self, q_values: th.Tensor) -> None:
+        """
+        Moving averages of Q's mean and standard deviation, on every update (official DPMD).
+
+        :param q_values: min Q of the next actions, shape (B,)
+        """
+        self.q_running_mean.lerp_(q_values.mean(), Q_STATISTICS_RATE)
+        self.q_running_std.lerp_(q_values.std(correction=0), Q_STATISTICS_RATE)
+
     def _set_temperature(self, q_values: th.Tensor) -> None:
         """
         Move the entropy coefficient towards the one that gives the weights their effective sample size.
@@ -507,9 +524,6 @@ class SDAC(OffPolicyAlgorithm):
         polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
         if self.actor_target is not None:
             polyak_update(self.actor.parameters(), self.actor_target.parameters(), self.tau)
-            polyak_update(
-                get_parameters_by_name(self.actor, ["running_"]), get_parameters_by_name(self.actor_target, ["running_"]), 1.0
-            )
 
     def _setup_lr_schedule(self) -> None:
         super()._setup_lr_schedule()
@@ -595,6 +609,8 @@ class SDAC(OffPolicyAlgorithm):
         """
         Stop before something that is not a number gets into the replay buffer or the networks.
 
+        One thing passes: VecNormalize hands over terminal observations clipped, so that an infinite one looks finite.
+
         :param name: what the array is
         :param array: observations (of a Dict space, by key), actions or rewards
         :raises ValueError: if any entry is NaN or infinite
@@ -633,11 +649,13 @@ class SDAC(OffPolicyAlgorithm):
         vec_env = OffPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
         action_space = vec_env.action_space
         if isinstance(action_space, spaces.Box):  # SB3 itself refuses the others
-            finite = np.isfinite(action_space.low).all() and np.isfinite(action_space.high).all()
-            if not finite or (action_space.low >= action_space.high).any():
+            with np.errstate(over="ignore", invalid="ignore"):
+                width = action_space.high - action_space.low
+            floating = np.issubdtype(action_space.dtype, np.floating)
+            if not floating or not np.isfinite(width).all() or (width <= 0).any():
                 raise ValueError(
-                    f"SDAC needs an action space with finite bounds, low < high, but got {action_space} with low "
-                    f"{action_space.low} and high {action_space.high}. Wrap the environment, for instance with "
+                    f"SDAC needs a floating-point action space with finite bounds, low < high, but got {action_space} with "
+                    f"low {action_space.low} and high {action_space.high}. Wrap the environment, for instance with "
                     "gymnasium.wrappers.RescaleAction."
                 )
         return vec_env
@@ -685,10 +703,28 @@ class SDAC(OffPolicyAlgorithm):
             # SB3 meets a ValueError of load_state_dict with an attempt to read an old DQN, whose KeyError says nothing
             reason = error.__context__ if isinstance(error, KeyError) and error.__context__ is not None else error
             raise ValueError(f"{path} cannot be loaded, it is damaged or of another architecture: {reason!r}") from error
-        # The saved policy holds the coefficient at saving, `kwargs` may hold another
-        if not isinstance(model.ent_coef, str):
-            model.policy.log_ent_coef.data.fill_(np.log(model.ent_coef))
+        if model.ent_coef != model._saved_ent_coef:  # changed by `kwargs`, while the saved policy holds the former coefficient
+            if model.ent_coef != "auto":  # which is where "auto" goes on from
+                model._setup_temperature()
+            model._saved_ent_coef = model.ent_coef
         return model
+
+    def set_parameters(
+        self,
+        load_path_or_dict: str | TensorDict,
+        exact_match: bool = True,
+        device: th.device | str = "auto",
+    ) -> None:
+        """
+        Set networks and optimizers, see SB3's ``BaseAlgorithm.set_parameters``; a fixed entropy coefficient stays.
+
+        :param load_path_or_dict: a file, or ``get_parameters()`` of another model
+        :param exact_match: whether every part must be given
+        :param device: where to put them
+        """
+        super().set_parameters(load_path_or_dict, exact_match, device)
+        if not isinstance(self.ent_coef, str):
+            self.policy.log_ent_coef.data.fill_(np.log(self.ent_coef))
 
     def _excluded_save_params(self) -> list[str]:
         aliases = ["actor", "actor_target", "critic", "critic_target", "batch_norm_stats", "batch_norm_stats_target"]
@@ -708,6 +744,14 @@ class SDAC(OffPolicyAlgorithm):
                 "The policy of SDAC must be 'MlpPolicy', 'CnnPolicy', 'MultiInputPolicy' or a subclass of DiffusionPolicy, "
                 f"got {self.policy_class.__name__}. If it comes from a file: another algorithm saved that, use it to load."
             )
+        if self.use_sde:
+            raise ValueError(
+                "use_sde=True is not supported: a diffusion policy has no Gaussian whose noise could depend on the state. "
+                "Leave it False; exploration_noise and action_noise set how SDAC explores."
+            )
+        needs_env = self.replay_buffer_class is not None and issubclass(self.replay_buffer_class, HerReplayBuffer)
+        if needs_env and self.env is None:
+            raise ValueError("This model learns with HerReplayBuffer, which needs the environment: load it with env=...")
         for name in self._diffusion_kwargs():
             if name in self.policy_kwargs:
                 given = f"policy_kwargs={{{name!r}: {self.policy_kwargs[name]!r}}}"
@@ -716,12 +760,15 @@ class SDAC(OffPolicyAlgorithm):
                 )
         counts = ["n_diffusion_steps", "n_sampling_steps", "n_particles", "policy_delay", "target_update_interval"]
         counts += ["critic_steps", "batch_size", "buffer_size", "n_steps"]
-        self._check(_is_count, "an integer of at least 1", *counts)
+        self._check(is_count, "an integer of at least 1", *counts)
         if self.n_target_particles is not None:
-            self._check(_is_count, "an integer of at least 1, or None", "n_target_particles")
-        self._check(lambda value: _is_count(value) or value in (0, -1), "an integer of at least -1", "gradient_steps")
+            self._check(is_count, "an integer of at least 1, or None", "n_target_particles")
+        # Python's integers where SB3 wants them
+        self.gradient_steps, self.train_freq = _as_int(self.gradient_steps), _as_int(self.train_freq)
+        allowed = "an integer of at least -1"
+        self._check(lambda value: is_count(value) or (type(value) is int and value in (0, -1)), allowed, "gradient_steps")
         self._check(
-            lambda value: _is_count(value[0] if isinstance(value, tuple) and value else value),
+            lambda value: is_count(value[0] if isinstance(value, tuple) and value else value),
             "an integer of at least 1, or a tuple of one and 'step' or 'episode'",
             "train_freq",
         )
@@ -739,7 +786,10 @@ class SDAC(OffPolicyAlgorithm):
             self._check(known.__contains__, f"one of {known}", name)
         if self.score_matching != "mirror_descent":
             allowed = "an integer of at least 2 (the weight of a single one is always 1)"
-            self._check(lambda value: _is_count(value) and value >= 2, allowed, "n_reverse_samples")
+            self._check(lambda value: is_count(value) and value >= 2, allowed, "n_reverse_samples")
+        for name in ("learning_rate", "qf_learning_rate"):
+            allowed = "a number of at least 0, or a function of the progress remaining"
+            self._check(lambda rate: rate is None or callable(rate) or (_is_number(rate) and rate >= 0), allowed, name)
         if self.actor_lr_decay is not None:
             allowed = "(final learning rate, first, last actor update) with first < last, or None"
             self._check(_is_lr_decay, allowed, "actor_lr_decay")
@@ -766,12 +816,17 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and bool(np.isfinite(value))
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and bool(value >= 1)
+def _as_int(value: Any) -> Any:
+    return int(value) if isinstance(value, np.integer) else value
 
 
 def _is_lr_decay(value: Any) -> bool:
-    return isinstance(value, (tuple, list)) and len(value) == 3 and all(map(_is_number, value)) and 0 <= value[1] < value[2]
+    return (
+        isinstance(value, (tuple, list))
+        and len(value) == 3
+        and all(map(_is_number, value))
+        and value[0] >= 0 <= value[1] < value[2]
+    )
 
 
 def _is_ent_coef(value: Any) -> bool:

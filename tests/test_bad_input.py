@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from stable_baselines3 import PPO, SAC, TD3
+from stable_baselines3 import PPO, SAC, TD3, HerReplayBuffer
 from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
@@ -111,7 +112,8 @@ def test_reverse_samples(value: Any) -> None:
 
 
 def test_numpy_integers_are_integers() -> None:
-    assert make_model(n_particles=np.int64(3), n_reverse_samples=np.int32(4)).learn(12)._n_updates == 2
+    integers: dict[str, Any] = {"n_particles": np.int64(3), "n_reverse_samples": np.int32(4), "train_freq": np.int64(1)}
+    assert make_model(**integers, gradient_steps=np.int64(1)).learn(12)._n_updates == 2
 
 
 BAD_ARGUMENTS: list[tuple[dict[str, Any], tuple[Any, ...]]] = [
@@ -146,8 +148,11 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], tuple[Any, ...]]] = [
     *[({"exploration_noise": value}, ("exploration_noise", f"got {value!r}", "at least 0")) for value in (-0.1, np.nan, None)],
     *[
         ({"actor_lr_decay": value}, ("actor_lr_decay", value, "first < last"))
-        for value in ((1e-5, 4, 2), (1e-5, -1, 2), (1e-5, 2))
+        for value in ((1e-5, 4, 2), (1e-5, -1, 2), (1e-5, 2), (-1e-5, 0, 2))
     ],
+    *[({name: -1e-3}, (name, "got -0.001", "at least 0")) for name in ("learning_rate", "qf_learning_rate")],
+    *[({"policy_kwargs": {"n_critics": value}}, ("n_critics", value, "at least 1")) for value in (2.5, "2", True)],
+    *[({"policy_kwargs": {"net_arch": value}}, ("net_arch", value, "at least 1")) for value in ([0], [8.0])],
     ({"use_sde": True}, ("use_sde=True", "not supported", "exploration_noise")),
 ]
 
@@ -437,3 +442,21 @@ def test_parameters_of_another_architecture(kwargs: dict[str, Any], tmp_path: Pa
     make_model(**kwargs).save(tmp_path / "other.zip")
     with pytest.raises((ValueError, RuntimeError), match=r"(?i)size mismatch|unexpected key|do not match"):
         make_model().set_parameters(str(tmp_path / "other.zip"))
+
+
+@pytest.mark.parametrize("box", [spaces.Box(0, 10, (2,), np.uint8), spaces.Box(-3.4e38, 3.4e38, (1,), np.float32)], ids=str)
+def test_boxes_that_cannot_be_scaled(box: spaces.Box) -> None:
+    """Integers would truncate the actions in the buffer, and the width of the other is infinite."""
+    with pytest.raises(ValueError, match=all_of("floating-point", "finite", box)):
+        SDAC("MlpPolicy", FaultyEnv(actions=box))
+
+
+def test_her_without_its_environment(tmp_path: Path) -> None:
+    env = BitFlippingEnv(n_bits=4, continuous=True)
+    model = SDAC(
+        "MultiInputPolicy", env, replay_buffer_class=HerReplayBuffer, buffer_size=100, policy_kwargs={"net_arch": [4]}
+    )
+    model.save(tmp_path / "model.zip")
+    with pytest.raises(ValueError, match=all_of("HerReplayBuffer", "env=")):
+        SDAC.load(tmp_path / "model.zip")
+    assert SDAC.load(tmp_path / "model.zip", env=env).replay_buffer is not None

@@ -5,6 +5,7 @@ Every comparison allows float32 rounding only: a relative or absolute error of 1
 ``SDAC(**PAPER_SDAC)`` trains with.
 """
 
+import inspect
 from pathlib import Path
 
 import gymnasium as gym
@@ -19,7 +20,7 @@ from torch import nn
 from sb3_sdac import PAPER_DPMD, PAPER_SDAC, SDAC
 from sb3_sdac import score_matching as sm
 from sb3_sdac.diffusion import GaussianDiffusion, cosine_betas, linear_betas
-from sb3_sdac.networks import CriticEnsemble, EnsembleLinear, NoisePredictor
+from sb3_sdac.networks import CriticEnsemble, EnsembleLinear, Mish, NoisePredictor
 
 ARRAYS = np.load(Path(__file__).parent / "data" / "official_sdac.npz")
 OBS_DIM, ACTION_DIM, WIDTH, BATCH, N, K, T = ARRAYS["meta/obs_dim_act_dim_hidden_B_P_K_T"].tolist()
@@ -240,3 +241,23 @@ def test_actor_learning_rate(model: SDAC) -> None:
         model._n_actor_updates = n_updates
         rates.append(model._actor_learning_rate())
     assert_matches(np.array(rates), "policy_lr/value", atol=0, rtol=1e-6)
+
+
+def test_paper_networks_are_the_defaults_of_the_policy() -> None:
+    """The presets leave policy_kwargs to the user, so what the paper has must be what the policy has by default."""
+    model = SDAC("MlpPolicy", "Pendulum-v1", buffer_size=10, **PAPER_SDAC)
+    assert (model.policy.net_arch, model.policy.n_critics, model.policy.activation_fn) == ([256] * 3, 2, Mish)
+    assert model.policy.optimizer_class is th.optim.Adam and not model.policy.optimizer_kwargs
+    own = {
+        "policy",
+        "env",
+        "buffer_size",
+        "policy_kwargs",
+        "stats_window_size",
+        "tensorboard_log",
+        "verbose",
+        "seed",
+        "device",
+    }
+    own |= {"action_noise", "replay_buffer_class", "replay_buffer_kwargs", "optimize_memory_usage", "use_sde", "target_ess"}
+    assert set(inspect.signature(SDAC).parameters) - own - {"_init_setup_model"} == set(PAPER_SDAC)

@@ -197,7 +197,9 @@ def test_arguments_survive(kwargs: dict[str, Any], tmp_path: Path) -> None:
     assert tuple(loaded.actor_lr_decay or ()) == (model.actor_lr_decay or ())  # JSON knows no tuples
     assert_same_actions(model, loaded, pendulum_observations())
     assert_same(loaded.get_parameters(), model.get_parameters())
-    loaded.learn(14)
+    logged = [each.learn(14, log_interval=10_000).logger.name_to_value for each in (model, loaded)]
+    for name in ("train/learning_rate", "train/qf_learning_rate", "train/n_updates"):
+        assert logged[0][name] == logged[1][name], name
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """One update on a batch made by hand: targets, losses, who learns from what, delays and the temperature."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -273,15 +274,42 @@ def test_paper_temperature(monkeypatch: pytest.MonkeyPatch, ent_coef: str, targe
         assert fixed_point == pytest.approx(0.984, abs=1e-3)
 
 
-def test_mirror_descent_statistics_move(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make_model(score_matching="mirror_descent", ent_coef=1.0)
-    data = batch()
-    encoded = model.critic.encode(data.next_observations).detach()
-    actions = th.linspace(-1, 1, B).unsqueeze(1)
-    q_values = model.critic.min_q(encoded, actions)
-    model._score_matching_loss(data, actions, encoded)
-    assert model.q_running_mean.item() == pytest.approx(1e-3 * q_values.mean().item(), rel=1e-4)
-    assert model.q_running_std.item() == pytest.approx(1 + 1e-3 * (q_values.std(correction=0).item() - 1), rel=1e-6)
+def test_mirror_descent_statistics_move_on_every_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when the actor is not stepped, and by the min Q of the next actions."""
+    model = make_model(score_matching="mirror_descent", ent_coef=1.0, policy_delay=2)
+    give_batch(model, monkeypatch, batch())
+    mean, std = 0.0, 1.0
+    for _ in range(3):
+        seen: list[th.Tensor] = []
+
+        def track(q_values: th.Tensor, seen: list[th.Tensor] = seen) -> None:
+            seen.append(q_values)
+            SDAC._track_q_statistics(model, q_values)
+
+        monkeypatch.setattr(model, "_track_q_statistics", track)
+        model.train(1)
+        (q_values,) = seen
+        assert q_values.shape == (B,)
+        mean += 1e-3 * (q_values.mean().item() - mean)
+        std += 1e-3 * (q_values.std(correction=0).item() - std)
+        assert model.q_running_mean.item() == pytest.approx(mean, rel=1e-4)
+        assert model.q_running_std.item() == pytest.approx(std, rel=1e-6)
+
+
+def test_temperature_given_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What ``load`` is told wins over the saved coefficient; what it is told again changes nothing."""
+    model = make_model(ent_coef="paper")
+    give_batch(model, monkeypatch, batch())
+    model.train(1)
+    model.save(tmp_path / "model.zip")
+    now = model.ent_coef_tensor.item()
+    assert now != pytest.approx(5, rel=1e-3)
+    for ent_coef, value in (("paper", now), ("auto", now), (0.2, 0.2), ("auto_0.3", 0.3), ("paper_1.5", 5.0)):
+        loaded = SDAC.load(tmp_path / "model.zip", ent_coef=ent_coef)
+        assert loaded.ent_coef_tensor.item() == pytest.approx(value), ent_coef
+    fixed = make_model(ent_coef=0.2)
+    fixed.set_parameters(str(tmp_path / "model.zip"))
+    assert fixed.ent_coef_tensor.item() == pytest.approx(0.2)
 
 
 def test_one_noise_prediction_per_actor_update(monkeypatch: pytest.MonkeyPatch) -> None:

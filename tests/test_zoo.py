@@ -15,7 +15,7 @@ import gymnasium as gym
 import pytest
 import yaml
 
-from sb3_sdac import PAPER_SDAC, SDAC, zoo
+from sb3_sdac import PAPER_DPMD, PAPER_SDAC, SDAC, zoo
 
 rl_zoo3 = pytest.importorskip("rl_zoo3", reason='needs pip install ".[zoo]"')
 hook = importlib.import_module("sb3_sdac_zoo_hook")
@@ -27,7 +27,11 @@ MUJOCO_TASKS = [
 ]
 MUJOCO = [f"{task}-{version}" for task in MUJOCO_TASKS for version in ("v4", "v5")]
 OTHERS = ["Pendulum-v1", "MountainCarContinuous-v0", "LunarLanderContinuous-v3", "BipedalWalker-v3"]
-CONFIGS = {"sdac.yml": {"default", *OTHERS, *MUJOCO}, "sdac_paper.yml": {"default", "Pendulum-v1", *MUJOCO}}
+CONFIGS = {
+    "sdac.yml": {"default", *OTHERS, *MUJOCO},
+    "sdac_paper.yml": {"default", "Pendulum-v1", *MUJOCO},
+    "dpmd_paper.yml": {"default", "Pendulum-v1", *MUJOCO},
+}
 #: What the entries hold besides arguments of the constructor
 ZOO_KEYS = {"n_timesteps", "n_envs"}
 DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(SDAC).parameters.items()}
@@ -100,12 +104,13 @@ def test_config_is_accepted_by_the_constructor(config):
         SDAC(env="Pendulum-v1", **{key: entry[key] for key in entry.keys() - ZOO_KEYS})
 
 
-def test_paper_config_is_the_paper_preset():
-    entries = load("sdac_paper.yml")
+@pytest.mark.parametrize("config, preset", [("sdac_paper.yml", PAPER_SDAC), ("dpmd_paper.yml", PAPER_DPMD)])
+def test_paper_config_is_the_paper_preset(config, preset):
+    entries = load(config)
     for env_id in ["default", *MUJOCO]:
         arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in entries[env_id].items()}
         assert (arguments.pop("n_envs"), arguments.pop("n_timesteps"), arguments.pop("policy")) == (5, 1e6, "MlpPolicy")
-        assert DEFAULTS | arguments == DEFAULTS | PAPER_SDAC, env_id
+        assert DEFAULTS | arguments == DEFAULTS | preset, env_id
 
 
 # === Registration ===
@@ -184,6 +189,11 @@ def test_search_space(her_kwargs):
             assert sampled.pop("replay_buffer_kwargs") == her_kwargs | loaded.pop("replay_buffer_kwargs")
         assert loaded == sampled
         SDAC("MlpPolicy", "Pendulum-v1", **sampled)
+    # The corner that the constructor might refuse
+    fixed = optuna.trial.FixedTrial({**trial.params, "target_ess": 0.15, "n_reverse_samples": 8})
+    corner = zoo.sample_sdac_params(fixed, 1, 1, additional_args)
+    corner.pop("replay_buffer_kwargs", None)  # of a buffer that Pendulum-v1 cannot have
+    SDAC("MlpPolicy", "Pendulum-v1", **corner)
 
 
 # === The start-up hook, in this process ===
