@@ -14,7 +14,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, ReplayBufferSamples, Schedule, TensorDict
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict
 from stable_baselines3.common.utils import (
     FloatSchedule,
     get_device,
@@ -340,6 +340,7 @@ class SDAC(OffPolicyAlgorithm):
         # Switch to train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
         update_learning_rate(self.critic.optimizer, self._qf_learning_rate())
+        anchor_is_next = self.anchor == "next" or self.score_matching == "mirror_descent"
         metrics: list[th.Tensor] = []
         actor_metrics: list[th.Tensor] = []
 
@@ -349,33 +350,43 @@ class SDAC(OffPolicyAlgorithm):
             # For n-step replay, the discount factor is gamma**n_steps (when no early termination)
             discounts = self.gamma if replay_data.discounts is None else replay_data.discounts
 
+            # Features are extracted once per network and observation; the actor's loss may need the gradient of these
+            with th.set_grad_enabled(step_actor and anchor_is_next):
+                encoded_actor = self.actor.encode(replay_data.next_observations)  # (B, H)
             with th.no_grad():
                 # Next actions: N reverse diffusions, the best by min Q, noise
-                encoded_next = self.critic.encode(replay_data.next_observations)  # (C, B, H)
-                next_actions = self._sample_actions(replay_data.next_observations, encoded_next)  # (B, A)
+                encoded_critic = self.critic.encode(replay_data.next_observations)  # (C, B, H)
+                actions = next_actions = self._sample_actions(encoded_actor, encoded_critic)  # (B, A)
                 # TD target: without an entropy term, as in the authors' code
                 encoded_target = self.critic_target.encode(replay_data.next_observations)
                 next_q_values = self.critic_target.min_q(encoded_target, next_actions).unsqueeze(1)  # (B, 1)
                 target_q_values = self.reward_scale * replay_data.rewards + (1 - replay_data.dones) * discounts * next_q_values
 
             # Critic loss: the squared TD error of each critic
-            encoded = self.critic.encode(replay_data.observations)
-            current_q_values = self.critic.q_values(encoded, replay_data.actions)  # (C, B)
+            encoded_current = self.critic.encode(replay_data.observations)
+            current_q_values = self.critic.q_values(encoded_current, replay_data.actions)  # (C, B)
             critic_loss = (current_q_values - target_q_values.squeeze(1)).square().mean(dim=1).sum()
             self.critic.optimizer.zero_grad()
             critic_loss.backward()
             for _ in range(self.critic_steps - 1):
                 self.critic.optimizer.step()
-            if self.critic_steps > 1:  # the critics are not those that encoded the next observations any more
-                with th.no_grad():
-                    encoded_next = self.critic.encode(replay_data.next_observations)
 
-            # Actor loss: score matching on the critics as they are before this update's (last) step
+            # Score matching at an action of the policy, on the critics as they are before this update's (last) step
+            if step_actor and not anchor_is_next:
+                encoded_actor, encoded_critic = self.actor.encode(replay_data.observations), encoded_current.detach()
+            if self.critic_steps > 1:  # the critics are not those that encoded any more
+                with th.no_grad():
+                    encoded_critic = self.critic.encode(
+                        replay_data.next_observations if anchor_is_next else replay_data.observations
+                    )
             if step_actor:
-                actor_loss, reverse_ess = self._score_matching_loss(replay_data, next_actions, encoded_next)
+                if not anchor_is_next:
+                    with th.no_grad():
+                        actions = self._sample_actions(encoded_actor, encoded_critic)
+                actor_loss, reverse_ess = self._score_matching_loss(encoded_actor, encoded_critic, actions)
                 actor_metrics.append(th.stack([actor_loss.detach(), reverse_ess]))
             if self.score_matching == "mirror_descent":
-                self._track_q_statistics(self.critic.min_q(encoded_next, next_actions).detach())
+                self._track_q_statistics(self.critic.min_q(encoded_critic, next_actions).detach())
 
             self.critic.optimizer.step()
             if step_actor:
@@ -410,42 +421,35 @@ class SDAC(OffPolicyAlgorithm):
             for name, mean in zip(names, th.stack(metrics).mean(dim=0).tolist(), strict=True):
                 self.logger.record(f"train/{name}", mean)
 
-    def _sample_actions(self, observations: PyTorchObs, encoded_critic: th.Tensor) -> th.Tensor:
+    def _sample_actions(self, encoded_actor: th.Tensor, encoded_critic: th.Tensor) -> th.Tensor:
         """
         Actions of the current policy for the update, with exploration noise.
 
-        :param observations: B observations
+        :param encoded_actor: the actor's encoding of B observations, shape (B, H)
         :param encoded_critic: the critics' encoding of them, shape (C, B, H)
         :return: shape (B, A)
         """
         n_particles = self.n_particles if self.n_target_particles is None else self.n_target_particles
-        encoded = self.actor.encode(observations)
-        particles = self.actor.sample(encoded, *self.actor.draw_noise(encoded.shape[0], n_particles))
+        particles = self.actor.sample(encoded_actor, *self.actor.draw_noise(len(encoded_actor), n_particles))
         actions = self.policy.explore(self.policy.best_of(encoded_critic, particles))
         return actions.clamp(-1, 1) if self.clip_target_actions else actions
 
     def _score_matching_loss(
-        self, replay_data: ReplayBufferSamples, next_actions: th.Tensor, encoded_next: th.Tensor
+        self, encoded_actor: th.Tensor, encoded_critic: th.Tensor, actions: th.Tensor
     ) -> tuple[th.Tensor, th.Tensor]:
         """
         The loss of the noise predictor; sets the temperature on the way if it comes from the data.
 
-        :param replay_data: the batch
-        :param next_actions: actions of the policy at the next observations, shape (B, A)
-        :param encoded_next: the critics' encoding of the next observations, shape (C, B, H)
+        :param encoded_actor: the actor's encoding of B observations, with its gradient, shape (B, H)
+        :param encoded_critic: the critics' encoding of them, shape (C, B, H)
+        :param actions: the anchors, actions of the policy at these observations, shape (B, A)
         :return: the loss, and the mean effective sample size of the weights
         """
-        # Anchor: an action of the policy, which is then noised to a random diffusion step
-        observations, actions, encoded_critic = replay_data.next_observations, next_actions, encoded_next
-        if self.anchor == "current" and self.score_matching != "mirror_descent":
-            observations = replay_data.observations
-            with th.no_grad():
-                encoded_critic = self.critic.encode(observations)
-                actions = self._sample_actions(observations, encoded_critic)
+        # x_t: the action, noised to a random diffusion step
         t = th.randint(self.n_diffusion_steps, (len(actions), 1), device=self.device)  # (B, 1)
         noise = th.randn_like(actions)
         noisy_actions = self.actor.diffusion.q_sample(actions, t, noise)  # (B, A)
-        predicted_noise = self.actor.predict_noise(self.actor.encode(observations), noisy_actions, t)
+        predicted_noise = self.actor.predict_noise(encoded_actor, noisy_actions, t)
 
         if self.score_matching == "mirror_descent":
             with th.no_grad():

@@ -37,7 +37,7 @@ def test_identity(kwargs: dict[str, Any]) -> None:
 
 
 def test_pendulum() -> None:
-    """Random actions reach about -1200, a trained policy -170 from these starts; 6000 steps are enough for two seeds of three."""
+    """Random actions reach about -1200, a trained policy -170 from these starts; 6000 steps do for two seeds of three."""
     model = SDAC("MlpPolicy", "Pendulum-v1", learning_starts=500, **SMALL).learn(7000)
     env = Monitor(gym.make("Pendulum-v1"))
     env.reset(seed=0)

@@ -147,7 +147,8 @@ def test_td_target_and_critic_losses(model: SDAC, monkeypatch: pytest.MonkeyPatc
     x_T, step_noise = array("sample/x_T").transpose(0, 1), array("sample/step_noise").transpose(1, 2)
     draws.queue = [x_T / model.init_noise_scale, step_noise, array("critic/exploration_noise")]
     with th.no_grad():
-        next_actions = model._sample_actions(array("next_obs"), model.critic.encode(array("next_obs")))
+        encoded = model.critic.encode(array("next_obs"))
+        next_actions = model._sample_actions(model.actor.encode(array("next_obs")), encoded)
     assert_matches(next_actions, "critic/next_actions", atol=2e-5)
     assert next_actions.abs().max() > 1  # as the authors', not clipped
 
@@ -187,8 +188,8 @@ def test_reverse_sampling(model: SDAC, monkeypatch: pytest.MonkeyPatch) -> None:
 
     draws = Draws(monkeypatch)
     draws.queue = [t, array("reverse/forward_noise"), array("reverse/noise")]
-    monkeypatch.setattr(model, "_sample_actions", lambda *args: array("reverse/a_0"))
-    loss, _ = model._score_matching_loss(replay_data(), th.empty(0), th.empty(0))
+    encoded = model.critic.encode(array("obs")).detach()
+    loss, _ = model._score_matching_loss(model.actor.encode(array("obs")), encoded, array("reverse/a_0"))
     assert_matches(loss.detach(), "reverse/loss", rtol=5e-5)
     loss.backward()
     check_gradients(model, "reverse")
@@ -205,7 +206,7 @@ def test_mirror_descent(monkeypatch: pytest.MonkeyPatch) -> None:
         q_values = model.critic.min_q(encoded, next_actions).unsqueeze(1)
     weights = sm.mirror_descent_weights(q_values, array("mirror/running_mean"), array("mirror/running_std"), ALPHA)
     assert_matches(weights.squeeze(1), "mirror/weights")
-    loss, _ = model._score_matching_loss(replay_data(), next_actions, encoded)
+    loss, _ = model._score_matching_loss(model.actor.encode(array("next_obs")), encoded, next_actions)
     assert_matches(loss.detach(), "mirror/loss", rtol=5e-5)
     loss.backward()
     check_gradients(model, "mirror")

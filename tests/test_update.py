@@ -1,6 +1,7 @@
 """One update on a batch made by hand: targets, losses, who learns from what, delays and the temperature."""
 
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def test_reward_scale_and_temperature_cancel(monkeypatch: pytest.MonkeyPatch) ->
         original = sm.softmax_weights
         monkeypatch.setattr(sm, "softmax_weights", lambda *args, seen=seen, f=original: seen.append(f(*args)) or seen[-1])
         th.manual_seed(0)
-        model._score_matching_loss(batch(), th.zeros(B, 1), th.zeros(0))
+        model._score_matching_loss(model.actor.encode(batch().next_observations), th.zeros(0), th.zeros(B, 1))
         monkeypatch.setattr(sm, "softmax_weights", original)
         weights.append(seen[0])
     th.testing.assert_close(weights[0], weights[1])
@@ -94,7 +95,7 @@ def test_actor_loss_touches_the_actor_only(score_matching: str) -> None:
     model = make_model(score_matching=score_matching, ent_coef=1.0)
     data = batch()
     encoded = model.critic.encode(data.next_observations).detach()
-    loss, _ = model._score_matching_loss(data, th.zeros(B, 1), encoded)
+    loss, _ = model._score_matching_loss(model.actor.encode(data.next_observations), encoded, th.zeros(B, 1))
     loss.backward()
     assert all(parameter.grad is None for parameter in [*model.critic.parameters(), *model.critic_target.parameters()])
     assert all(parameter.grad is not None for parameter in model.actor.noise_predictor.parameters())
@@ -155,22 +156,44 @@ def test_critic_steps_repeat_the_same_gradient(monkeypatch: pytest.MonkeyPatch) 
     assert moves[1] == pytest.approx(2e-3, rel=1e-3)
 
 
+@pytest.mark.parametrize("anchor", ["next", "current"])
 @pytest.mark.parametrize("critic_steps", [1, 2])
-def test_score_target_sees_one_and_the_same_critic(monkeypatch: pytest.MonkeyPatch, critic_steps: int) -> None:
-    """Official DPMD weighs by the critics after the first of their two steps, all of their layers."""
-    model = make_model(critic_steps=critic_steps, score_matching="mirror_descent", ent_coef=1.0)
+def test_score_matching_is_handed_what_belongs_together(
+    monkeypatch: pytest.MonkeyPatch, critic_steps: int, anchor: str
+) -> None:
+    """Encodings of the anchor's observations by networks as they are then (official DPMD: after the first of two steps)."""
+    model = make_model(critic_steps=critic_steps, anchor=anchor)
     data = batch()
     give_batch(model, monkeypatch, data)
+    observations = data.next_observations if anchor == "next" else data.observations
     original = model._score_matching_loss
-    seen: list[th.Tensor] = []
+    calls = []
 
-    def spy(replay_data: ReplayBufferSamples, actions: th.Tensor, encoded: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        seen.extend([encoded, model.critic.encode(data.next_observations)])
-        return original(replay_data, actions, encoded)
+    def spy(encoded_actor: th.Tensor, encoded_critic: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        calls.append(actions)
+        assert encoded_actor.requires_grad and not encoded_critic.requires_grad and not actions.requires_grad
+        assert th.equal(encoded_actor, model.actor.encode(observations))
+        assert th.equal(encoded_critic, model.critic.encode(observations))
+        return original(encoded_actor, encoded_critic, actions)
 
     monkeypatch.setattr(model, "_score_matching_loss", spy)
     model.train(1)
-    assert th.equal(*seen)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(("anchor", "actor_calls"), [("next", [1, 1]), ("current", [2, 1])])
+def test_features_are_extracted_once(monkeypatch: pytest.MonkeyPatch, anchor: str, actor_calls: list[int]) -> None:
+    """With and without an actor step: each network sees each set of observations once."""
+    model = make_model(anchor=anchor, policy_delay=2)
+    give_batch(model, monkeypatch, batch())
+    calls: list[str] = []
+    for name in ("actor", "critic", "critic_target"):
+        extractor = getattr(model, name).features_extractor
+        extractor.register_forward_hook(lambda module, args, output, name=name: calls.append(name))
+    for expected in actor_calls:
+        calls.clear()
+        model.train(1)
+        assert Counter(calls) == {"actor": expected, "critic": 2, "critic_target": 1}
 
 
 def test_score_target_sees_the_critics_before_their_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +217,7 @@ def test_actions_of_the_update_are_clipped_on_demand(clip: bool) -> None:
     model = make_model(clip_target_actions=clip, exploration_noise=2.0)
     observations = batch().next_observations
     with th.no_grad():
-        actions = model._sample_actions(observations, model.critic.encode(observations))
+        actions = model._sample_actions(model.actor.encode(observations), model.critic.encode(observations))
     assert (actions.abs().max() <= 1) == clip
 
 
@@ -239,7 +262,7 @@ def test_data_temperature_is_free_of_the_reward_scale(monkeypatch: pytest.Monkey
         original = model.critic.min_q
         monkeypatch.setattr(model.critic, "min_q", lambda e, a, scale=scale, f=original: scale * f(e, a))
         th.manual_seed(0)
-        loss, ess = model._score_matching_loss(data, th.zeros(B, 1), encoded)
+        loss, ess = model._score_matching_loss(model.actor.encode(data.next_observations), encoded, th.zeros(B, 1))
         coefficients.append((model.ent_coef_tensor.item(), loss.item(), ess.item()))
     assert coefficients[1][0] == pytest.approx(100 * coefficients[0][0], rel=1e-4)
     assert coefficients[1][1:] == pytest.approx(coefficients[0][1:], rel=1e-3)
