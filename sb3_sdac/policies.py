@@ -473,15 +473,6 @@ class DiffusionPolicy(BasePolicy):
             actions = self.explore(actions).clamp(-1, 1)
         return actions
 
-    def scale_action(self, action: np.ndarray) -> np.ndarray:
-        """
-        Rescale an action from the action space to [-1, 1]; clipped, because rounding may leave the box.
-
-        :param action: action in the action space
-        :return: action in [-1, 1]
-        """
-        return np.clip(super().scale_action(action), -1, 1)
-
     def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
         """
         Rescale an action from [-1, 1] to the action space; clipped, because rounding may leave the box.
