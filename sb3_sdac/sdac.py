@@ -141,7 +141,8 @@ class SDAC(OffPolicyAlgorithm):
     :param actor_lr_decay: ``(final, begin, end)``: the actor's learning rate goes linearly from ``learning_rate`` to
         ``final`` between its ``begin``-th and ``end``-th update (the paper)
     :param critic_steps: steps of the critics' optimizer per update, all with the same gradient (2 in official DPMD)
-    :param use_sde: not supported, must be False; here as SB3's own algorithms have it
+    :param use_sde: not supported, must be False; here so that whoever comes from SAC is told so
+    :param sde_sample_freq: goes with ``use_sde``, without effect
     :param stats_window_size: episodes over which the logged success rate, length and reward are averaged
     :param tensorboard_log: folder of the TensorBoard log; no log if ``None``
     :param policy_kwargs: further arguments of the policy, see :class:`~sb3_sdac.DiffusionPolicy`
@@ -204,6 +205,7 @@ class SDAC(OffPolicyAlgorithm):
         actor_lr_decay: tuple[float, int, int] | None = None,
         critic_steps: int = 1,
         use_sde: bool = False,
+        sde_sample_freq: int = -1,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -236,6 +238,7 @@ class SDAC(OffPolicyAlgorithm):
             seed=seed,
             device=device,
             use_sde=use_sde,
+            sde_sample_freq=sde_sample_freq,
             sde_support=False,
             supported_action_spaces=(spaces.Box,),
             support_multi_env=True,

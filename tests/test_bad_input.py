@@ -154,6 +154,7 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], tuple[Any, ...]]] = [
     *[({"policy_kwargs": {"n_critics": value}}, ("n_critics", value, "at least 1")) for value in (2.5, "2", True)],
     *[({"policy_kwargs": {"net_arch": value}}, ("net_arch", value, "at least 1")) for value in ([0], [8.0])],
     ({"use_sde": True}, ("use_sde=True", "not supported", "exploration_noise")),
+    ({"use_sde": True, "sde_sample_freq": 4}, ("use_sde=True", "not supported", "exploration_noise")),
 ]
 
 

@@ -260,5 +260,13 @@ def test_paper_networks_are_the_defaults_of_the_policy() -> None:
         "seed",
         "device",
     }
-    own |= {"action_noise", "replay_buffer_class", "replay_buffer_kwargs", "optimize_memory_usage", "use_sde", "target_ess"}
+    own |= {
+        "action_noise",
+        "replay_buffer_class",
+        "replay_buffer_kwargs",
+        "optimize_memory_usage",
+        "use_sde",
+        "sde_sample_freq",
+    }
+    own |= {"target_ess"}
     assert set(inspect.signature(SDAC).parameters) - own - {"_init_setup_model"} == set(PAPER_SDAC)
