@@ -1,0 +1,343 @@
+"""
+Training runs of a protocol: configurations x environments x seeds, through rl_zoo3, side by side, resumable.
+
+    python benchmarks/run.py benchmarks/short.yml                                    # everything that is not finished
+    python benchmarks/run.py benchmarks/short.yml --only SDAC SAC --envs HalfCheetah-v5 --seeds 0 --minutes 110
+    python benchmarks/run.py benchmarks/short.yml --ray auto                         # the same on a Ray cluster
+
+A run leaves one row per evaluation in ``<results>/<protocol>/<configuration>_<env>_<seed>.csv`` at once, and a checkpoint
+(model, replay buffer, counters, normalisation) in ``<work>`` every ``--checkpoint-minutes`` and when ``--minutes`` are over.
+Called again, it goes on from there: finished runs are left alone, rows after the checkpoint are made anew, and only
+the episodes under way at the interruption are lost. A run that fails is reported and tried once more at the end.
+On a cluster ``<results>`` and ``<work>`` must be on a file system that all machines share.
+
+Columns: configuration, config (hash of algorithm and hyperparameters), env, seed, env_steps, updates, wall_time (seconds of
+training, evaluations not counted, all pieces of the run added), returns (of each episode, separated by spaces).
+"""
+
+import argparse
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import os
+import shutil
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import joblib
+import yaml
+
+HERE = Path(__file__).parent
+COLUMNS = ["configuration", "config", "env", "seed", "env_steps", "updates", "wall_time", "returns"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: what is trained, and where its rows and its checkpoint lie."""
+
+    configuration: str
+    algo: str
+    hyperparams: dict[str, Any]
+    env: str
+    seed: int
+    n_timesteps: int
+    eval_freq: int
+    eval_episodes: int
+    results: Path
+    checkpoint: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.configuration}, {self.env}, seed {self.seed}"
+
+    @property
+    def config_hash(self) -> str:
+        """Of what decides the outcome, so that rows of different hyperparameters are never mixed up."""
+        config = {"algo": self.algo, **self.hyperparams}
+        return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:10]
+
+    def read_rows(self) -> list[dict[str, str]]:
+        """
+        :return: the rows so far
+        :raises ValueError: if they come from other hyperparameters
+        """
+        if not self.results.exists():
+            return []
+        with self.results.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        if any(row["config"] != self.config_hash for row in rows):
+            raise ValueError(
+                f"{self.results} holds a run of other hyperparameters (config {rows[0]['config']}, now {self.config_hash}): "
+                "give the configuration another name in the protocol, or remove the file and the run's checkpoint"
+            )
+        return rows
+
+    def write_rows(self, rows: list[dict[str, Any]]) -> None:
+        """:param rows: all rows; replaces the file in one step, so that a kill leaves the old or the new one"""
+        self.results.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.results.with_suffix(".tmp")
+        with temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        temporary.replace(self.results)
+
+    def is_finished(self) -> bool:
+        rows = self.read_rows()
+        return bool(rows) and int(rows[-1]["env_steps"]) >= self.n_timesteps
+
+
+def read_protocol(path: Path, results: Path, work: Path) -> list[Run]:
+    """
+    :param path: a protocol, such as ``short.yml``
+    :param results: folder for the rows
+    :param work: folder for the checkpoints
+    :return: all its runs, seed by seed, so that an early stop leaves whole comparisons
+    """
+    protocol = yaml.safe_load(path.read_text())
+    runs = []
+    for seed in protocol["seeds"]:
+        for env in protocol["envs"]:
+            for configuration, own in protocol["configurations"].items():
+                hyperparams = {"n_timesteps": protocol["n_timesteps"], **protocol["common"], **own}
+                # No more than the run can fill; a larger buffer would only make checkpoints larger
+                hyperparams.setdefault("buffer_size", min(protocol["n_timesteps"], 1_000_000))
+                algo = hyperparams.pop("algo")
+                stem = f"{configuration}_{env}_{seed}".replace(" ", "-").replace("(", "").replace(")", "")
+                runs.append(
+                    Run(
+                        configuration=configuration,
+                        algo=algo,
+                        hyperparams=hyperparams,
+                        env=env,
+                        seed=seed,
+                        n_timesteps=protocol["n_timesteps"],
+                        eval_freq=protocol["eval_freq"],
+                        eval_episodes=protocol["eval_episodes"],
+                        results=results / path.stem / f"{stem}.csv",
+                        checkpoint=work / path.stem / stem,
+                    )
+                )
+    return runs
+
+
+def train(run: Run, deadline: float, checkpoint_seconds: float, device: str) -> str:
+    """
+    Train until the run is finished or the deadline has come.
+
+    :param run: the run
+    :param deadline: when to stop, in the time of ``time.time()``
+    :param checkpoint_seconds: time between two checkpoints
+    :param device: for the networks
+    :return: how far it came
+    """
+    # One thread: two processes side by side beat one of two threads, on networks of this size by far
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch as th
+
+    th.set_num_threads(1)
+    import rl_zoo3.exp_manager
+    import rl_zoo3.utils
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.evaluation import evaluate_policy
+    from stable_baselines3.common.vec_env import VecNormalize, sync_envs_normalization
+
+    from sb3_sdac import zoo
+
+    zoo.add_algorithm(rl_zoo3.utils)
+
+    if time.time() >= deadline:
+        return "not begun"
+    run.checkpoint.mkdir(parents=True, exist_ok=True)
+    config = run.checkpoint / "config.yml"
+    config.write_text(yaml.safe_dump({"default": run.hyperparams}))
+    with contextlib.redirect_stdout(io.StringIO()):  # its own account of the hyperparameters
+        manager = rl_zoo3.exp_manager.ExperimentManager(
+            argparse.Namespace(),
+            run.algo,
+            run.env,
+            str(run.checkpoint / "zoo"),
+            config=str(config),
+            seed=run.seed,
+            eval_freq=-1,
+            device=device,
+            verbose=0,
+        )
+        experiment = manager.setup_experiment()
+        assert experiment is not None
+        model: Any = experiment[0]
+        eval_env = manager.create_envs(run.eval_episodes, eval_env=True)  # side by side, one episode each
+    eval_env.seed(1_000_000 + run.seed)
+
+    latest = run.checkpoint / "latest"
+    _finish_swap(latest)
+    wall_time = 0.0
+    if latest.exists():
+        counters = json.loads((latest / "counters.json").read_text())
+        wall_time = counters["wall_time"]
+        env = model.get_env()
+        if isinstance(env, VecNormalize):
+            env = VecNormalize.load(str(latest / "vecnormalize.pkl"), env.venv)
+        model = type(model).load(latest / "model", env=env, device=device)
+        model.load_replay_buffer(latest / "replay_buffer")
+    # Rows after the checkpoint are made anew
+    rows: list[dict[str, Any]] = [row for row in run.read_rows() if int(row["env_steps"]) <= model.num_timesteps]
+
+    class Keeper(BaseCallback):
+        """Evaluates, writes rows and checkpoints, stops at the deadline."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.wall_time = wall_time
+            self.resumed_at = self.saved_at = time.time()
+
+        def _on_step(self) -> bool:
+            return time.time() < deadline
+
+        def _on_rollout_start(self) -> None:  # between two updates, when everything is in the replay buffer
+            if self.num_timesteps // run.eval_freq > len(rows):
+                self.evaluate()
+            if time.time() - self.saved_at > checkpoint_seconds:
+                self.save()
+
+        def evaluate(self) -> None:
+            self.wall_time += time.time() - self.resumed_at
+            if isinstance(eval_env, VecNormalize):
+                sync_envs_normalization(self.model.get_env(), eval_env)  # type: ignore[arg-type]
+            returns, _ = evaluate_policy(
+                self.model, eval_env, run.eval_episodes, deterministic=True, return_episode_rewards=True
+            )
+            row = {
+                "configuration": run.configuration,
+                "config": run.config_hash,
+                "env": run.env,
+                "seed": run.seed,
+                "env_steps": self.num_timesteps,
+                "updates": self.model._n_updates,  # type: ignore[attr-defined]
+                "wall_time": f"{self.wall_time:.0f}",
+                "returns": " ".join(f"{value:.2f}" for value in returns),  # type: ignore[union-attr]
+            }
+            rows.append(row)
+            run.write_rows(rows)
+            mean = sum(returns) / len(returns)  # type: ignore[arg-type]
+            print(f"{run.name}: {mean:.0f} at {self.num_timesteps} steps after {self.wall_time / 60:.0f} min", flush=True)
+            self.resumed_at = time.time()
+
+        def save(self) -> None:
+            now = time.time()
+            self.wall_time += now - self.resumed_at
+            new = run.checkpoint / "new"
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir()
+            self.model.save(new / "model")
+            self.model.save_replay_buffer(new / "replay_buffer")  # type: ignore[attr-defined]
+            env = self.model.get_env()
+            if isinstance(env, VecNormalize):
+                env.save(str(new / "vecnormalize.pkl"))
+            (new / "counters.json").write_text(json.dumps({"wall_time": self.wall_time}))
+            new.rename(run.checkpoint / "complete")
+            _finish_swap(latest)
+            self.resumed_at = self.saved_at = time.time()
+
+    keeper = Keeper()
+    model.learn(run.n_timesteps - model.num_timesteps, keeper, log_interval=None, reset_num_timesteps=False)
+    if model.num_timesteps // run.eval_freq > len(rows):
+        keeper.evaluate()
+    if run.is_finished():
+        shutil.rmtree(run.checkpoint)
+        return "finished"
+    keeper.save()
+    return f"stopped at {model.num_timesteps} of {run.n_timesteps} steps, to be continued"
+
+
+def _finish_swap(latest: Path) -> None:
+    """Put a complete checkpoint in the place of the latest; done again after a kill in the middle, it ends the same."""
+    complete = latest.with_name("complete")
+    if complete.exists():
+        shutil.rmtree(latest, ignore_errors=True)
+        complete.rename(latest)
+
+
+def attempt(run: Run, *args: Any) -> tuple[Run, str, bool]:
+    """
+    :param run: the run
+    :param args: see :func:`train`
+    :return: the run, what became of it, and whether it failed
+    """
+    try:
+        return run, train(run, *args), False
+    except Exception:
+        return run, f"FAILED\n{traceback.format_exc()}", True
+
+
+def main() -> int:
+    """:return: exit status: 1 if a run failed twice"""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("protocol", type=Path, help="a yml file like short.yml")
+    parser.add_argument("--only", nargs="+", help="configurations to run (default: all)")
+    parser.add_argument("--envs", nargs="+", help="environments to run (default: all)")
+    parser.add_argument("--seeds", nargs="+", type=int, help="seeds to run (default: all)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side (default: one per core)")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop and checkpoint after this time")
+    parser.add_argument("--checkpoint-minutes", type=float, default=15)
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda to let the runs share a GPU")
+    parser.add_argument("--ray", metavar="ADDRESS", help="run on the Ray cluster there ('auto', 'local' or host:port)")
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--work", type=Path, default=HERE / "work", help="folder for checkpoints")
+    args = parser.parse_args()
+
+    runs = read_protocol(args.protocol, args.results.absolute(), args.work.absolute())
+    for option, attribute in (("only", "configuration"), ("envs", "env"), ("seeds", "seed")):
+        wanted, known = getattr(args, option), {getattr(run, attribute) for run in runs}
+        if wanted is not None and not set(wanted) <= known:
+            parser.error(f"--{option}: {sorted(set(wanted) - known)} not in {args.protocol}, which has {sorted(known)}")
+        runs = [run for run in runs if wanted is None or getattr(run, attribute) in wanted]
+    todo = [run for run in runs if not run.is_finished()]
+    print(f"{len(runs) - len(todo)} of {len(runs)} runs are finished")
+    deadline = time.time() + 60 * args.minutes
+
+    backend: Any = contextlib.nullcontext()
+    if args.ray is not None:
+        backend = ray_backend(args.ray)
+    failed = 0
+    for last_try in (False, True):
+        again = []
+        with backend:
+            parallel = joblib.Parallel(n_jobs=args.jobs, batch_size=1, return_as="generator_unordered" if not args.ray else "list")
+            jobs = (joblib.delayed(attempt)(run, deadline, 60 * args.checkpoint_minutes, args.device) for run in todo)
+            for run, outcome, has_failed in parallel(jobs):
+                print(f"{run.name}: {outcome}", flush=True)
+                again += [run] * has_failed
+        failed, todo = len(again), again
+        if not again or last_try:
+            break
+        print(f"{failed} runs failed, once more")
+    return 1 if failed else 0
+
+
+def ray_backend(address: str) -> Any:
+    """
+    :param address: of a Ray cluster; 'auto' for the one this machine belongs to, 'local' for a new one on this machine
+    :return: context in which joblib's jobs run there
+    """
+    try:
+        import ray
+        from ray.util.joblib import register_ray
+    except ImportError:
+        raise SystemExit("--ray needs Ray: pip install ray") from None
+    try:
+        ray.init(address=address, log_to_driver=True)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise SystemExit(f"--ray {address}: no Ray cluster answers there ({error})") from None
+    register_ray()
+    return joblib.parallel_config("ray")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
