@@ -209,7 +209,7 @@ def train(run: Run, deadline: float, checkpoint_seconds: float, device: str) -> 
         def evaluate(self) -> None:
             self.wall_time += time.time() - self.resumed_at
             if isinstance(eval_env, VecNormalize):
-                sync_envs_normalization(self.model.get_env(), eval_env)  # type: ignore[arg-type]
+                sync_envs_normalization(self.training_env, eval_env)
             returns, _ = evaluate_policy(
                 self.model, eval_env, run.eval_episodes, deterministic=True, return_episode_rewards=True
             )
@@ -219,7 +219,7 @@ def train(run: Run, deadline: float, checkpoint_seconds: float, device: str) -> 
                 "env": run.env,
                 "seed": run.seed,
                 "env_steps": self.num_timesteps,
-                "updates": self.model._n_updates,  # type: ignore[attr-defined]
+                "updates": model._n_updates,
                 "wall_time": f"{self.wall_time:.0f}",
                 "returns": " ".join(f"{value:.2f}" for value in returns),  # type: ignore[union-attr]
             }
@@ -309,7 +309,9 @@ def main() -> int:
     for last_try in (False, True):
         again = []
         with backend:
-            parallel = joblib.Parallel(n_jobs=args.jobs, batch_size=1, return_as="generator_unordered" if not args.ray else "list")
+            parallel = joblib.Parallel(
+                n_jobs=args.jobs, batch_size=1, return_as="generator_unordered" if not args.ray else "list"
+            )
             jobs = (joblib.delayed(attempt)(run, deadline, 60 * args.checkpoint_minutes, args.device) for run in todo)
             for run, outcome, has_failed in parallel(jobs):
                 print(f"{run.name}: {outcome}", flush=True)

@@ -7,9 +7,7 @@ from stable_baselines3.common.monitor import Monitor
 from sb3_sdac import SDAC
 
 env = Monitor(gym.make("Pendulum-v1"))
-model = SDAC(
-    "MlpPolicy", env, learning_rate=1e-3, learning_starts=500, tau=0.02, policy_delay=1, policy_kwargs={"net_arch": [64, 64]}
-)
+model = SDAC("MlpPolicy", env, learning_starts=500, policy_kwargs={"net_arch": [64, 64]})
 model.learn(7_000, progress_bar=True)
 model.save("sdac_pendulum")
 

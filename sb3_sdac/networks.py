@@ -43,7 +43,7 @@ class _MishFunction(th.autograd.Function):
 class Mish(nn.Module):
     """
     The activation function of ``torch.nn.Mish`` (Misra 2019, arXiv 1908.08681), to rounding, in about a third of its
-    time on a CPU.
+    time on a CPU. The networks use it where ``nn.Mish`` is asked for.
     """
 
     def forward(self, x: th.Tensor) -> th.Tensor:
@@ -82,6 +82,20 @@ def sinusoidal_embedding(n_diffusion_steps: int, dim: int = TIME_DIM, theta: flo
     return (th.cat([angles.sin(), angles.cos()], dim=-1) / math.sqrt(dim)).float()
 
 
+def last_in_float32(layers: nn.Sequential, x: th.Tensor) -> th.Tensor:
+    """
+    Apply the layers, the last one in float32 also under autocast: it is small, and its output is what the
+    precision of hidden units averages out in. The critics' values, for one, lie close together.
+
+    :param layers: hidden layers and the output layer
+    :param x: input
+    :return: output, float32
+    """
+    x = layers[:-1](x)
+    with th.autocast(x.device.type, enabled=False):
+        return layers[-1](x.float())
+
+
 class NoisePredictor(nn.Module):
     """
     eps_theta(features, x_t, t): an MLP on the concatenation of features, noisy sample and embedded diffusion step.
@@ -100,6 +114,7 @@ class NoisePredictor(nn.Module):
     ):
         super().__init__()
         self.register_buffer("time_table", sinusoidal_embedding(n_diffusion_steps), persistent=False)
+        activation_fn = Mish if activation_fn is nn.Mish else activation_fn
         self.time_mlp = nn.Sequential(*create_mlp(TIME_DIM, TIME_DIM, [2 * TIME_DIM], activation_fn))
         first, *rest = create_mlp(features_dim + x_dim + TIME_DIM, x_dim, net_arch, activation_fn)
         self.first: nn.Linear = first  # type: ignore[assignment]
@@ -136,31 +151,72 @@ class NoisePredictor(nn.Module):
         :param encoded_t: rows of :meth:`encode_time`, broadcastable to the first layer
         :return: shape of x_t
         """
-        x_weight = self.first.weight[:, self._splits[0] : -self._splits[2]]
-        return self.rest(F.linear(x_t, x_weight) + (encoded + encoded_t))
+        hidden = F.linear(x_t, self.first.weight[:, self._splits[0] : -self._splits[2]])
+        # In the precision of the matrix product, should that be bfloat16
+        return last_in_float32(self.rest, hidden + (encoded + encoded_t).to(hidden.dtype))
 
 
 class EnsembleLinear(nn.Module):
     """
-    Linear layers side by side, one per member, as one batched matrix product.
+    Linear layers side by side, one per member, as one batched matrix product; optionally with normalised inputs.
 
     :param n_members: C
     :param in_features: inputs of each
     :param out_features: outputs of each
+    :param batch_norm: normalise the inputs by statistics of the batch (Ioffe and Szegedy 2015, arXiv 1502.03167)
     """
 
-    def __init__(self, n_members: int, in_features: int, out_features: int):
+    def __init__(self, n_members: int, in_features: int, out_features: int, batch_norm: bool = False):
         super().__init__()
         self.weight = nn.Parameter(th.empty(n_members, in_features, out_features))
         self.bias = nn.Parameter(th.zeros(n_members, 1, out_features))
         lecun_normal_(self.weight, in_features)
+        self.norm: nn.BatchNorm1d | None = None
+        if batch_norm:  # momentum and epsilon of CrossQ
+            self.norm = nn.BatchNorm1d(n_members * in_features, eps=1e-3, momentum=0.01)
+            self.norm.register_buffer("num_batches_tracked", None)  # only counts
+
+    def folded(self) -> tuple[th.Tensor, th.Tensor]:
+        """
+        Normalisation by the running statistics is linear, so it costs next to nothing as part of this layer.
+
+        :return: weight, shape (C, in, out), and bias, shape (C, 1, out), that act on inputs as they come
+        """
+        if self.norm is None:
+            return self.weight, self.bias
+        assert self.norm.running_mean is not None and self.norm.running_var is not None
+        scale = self.norm.weight * (self.norm.running_var + self.norm.eps).rsqrt()
+        shift = self.norm.bias - self.norm.running_mean * scale
+        n_members, in_features, _ = self.weight.shape
+        bias = th.baddbmm(self.bias, shift.view(n_members, 1, in_features), self.weight)
+        return scale.view(n_members, in_features, 1) * self.weight, bias
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         """
         :param x: shape (C, M, in)
         :return: shape (C, M, out)
         """
-        return th.baddbmm(self.bias, x, self.weight)
+        return _ensemble_linear(x, *self.folded())
+
+    def normalise_batch(self, x: th.Tensor) -> th.Tensor:
+        """
+        The same with the inputs normalised by their own mean and variance over M, which move the running ones.
+
+        :param x: shape (C, M, in)
+        :return: shape (C, M, out)
+        """
+        norm = self.norm
+        assert norm is not None and norm.momentum is not None
+        # (C, M, in) -> (M, C * in): every input of every member is a channel of its own
+        flat = x.transpose(0, 1).flatten(1)
+        flat = F.batch_norm(flat, norm.running_mean, norm.running_var, norm.weight, norm.bias, True, norm.momentum, norm.eps)
+        return _ensemble_linear(flat.view(x.shape[1], x.shape[0], -1).transpose(0, 1), self.weight, self.bias)
+
+
+def _ensemble_linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
+    if weight.shape[-1] == 1:  # a batched matrix product takes ten times as long for a single column
+        return th.linalg.vecdot(x, weight.mT).unsqueeze(-1) + bias
+    return th.baddbmm(bias, x, weight)
 
 
 class CriticEnsemble(nn.Module):
@@ -172,16 +228,24 @@ class CriticEnsemble(nn.Module):
     :param action_dim: A
     :param net_arch: widths of the hidden layers
     :param activation_fn: activation function
+    :param batch_norm: normalise the inputs of every layer, as in CrossQ
     """
 
     def __init__(
-        self, n_critics: int, features_dim: int, action_dim: int, net_arch: list[int], activation_fn: type[nn.Module]
+        self,
+        n_critics: int,
+        features_dim: int,
+        action_dim: int,
+        net_arch: list[int],
+        activation_fn: type[nn.Module],
+        batch_norm: bool = False,
     ):
         super().__init__()
+        activation_fn = Mish if activation_fn is nn.Mish else activation_fn
         widths = [features_dim + action_dim, *net_arch, 1]
         layers: list[nn.Module] = []
         for in_features, out_features in pairwise(widths):
-            layers += [EnsembleLinear(n_critics, in_features, out_features), activation_fn()]
+            layers += [EnsembleLinear(n_critics, in_features, out_features, batch_norm), activation_fn()]
         self.first: EnsembleLinear = layers[0]  # type: ignore[assignment]
         self.rest = nn.Sequential(*layers[1:-1])  # no activation after the last layer
         self.features_dim = features_dim
@@ -193,7 +257,9 @@ class CriticEnsemble(nn.Module):
         :param features: shape (B, F)
         :return: shape (C, B, H)
         """
-        return features @ self.first.weight[:, : self.features_dim] + self.first.bias
+        weight, bias = self.first.folded()
+        # (B, F) -> (C, B, F) @ (C, F, H) -> (C, B, H)
+        return th.baddbmm(bias, features.expand(len(weight), -1, -1), weight[:, : self.features_dim])
 
     def forward(self, encoded: th.Tensor, actions: th.Tensor) -> th.Tensor:
         """
@@ -204,8 +270,22 @@ class CriticEnsemble(nn.Module):
         :return: shape (C, B) or (C, B, N)
         """
         n_critics, batch_size, width = encoded.shape
+        weight, _ = self.first.folded()
         # (B, N, A) -> (B * N, A) @ (C, A, H) -> (C, B * N, H) -> (C, B, N, H), plus (C, B, 1, H)
-        hidden = actions.flatten(end_dim=-2) @ self.first.weight[:, self.features_dim :]
-        hidden = hidden.view(n_critics, batch_size, -1, width) + encoded.unsqueeze(2)
+        hidden = actions.flatten(end_dim=-2) @ weight[:, self.features_dim :]
+        hidden = hidden.view(n_critics, batch_size, -1, width) + encoded.to(hidden.dtype).unsqueeze(2)
         # (C, B, N, H) -> (C, B * N, H) -> (C, B * N, 1) -> (C, B) or (C, B, N)
-        return self.rest(hidden.flatten(1, 2)).view(n_critics, *actions.shape[:-1])
+        return last_in_float32(self.rest, hidden.flatten(1, 2)).view(n_critics, *actions.shape[:-1])
+
+    def normalise_batch(self, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        """
+        Values with all layers normalised by the statistics of this batch, which move the running ones. For learning.
+
+        :param features: shape (B, F)
+        :param actions: shape (B, A)
+        :return: shape (C, B)
+        """
+        x = th.cat([features, actions], dim=1).expand(len(self.first.weight), -1, -1)  # (B, F + A) -> (C, B, F + A)
+        for layer in [self.first, *self.rest]:
+            x = layer.normalise_batch(x) if isinstance(layer, EnsembleLinear) else layer(x)
+        return x.squeeze(-1)

@@ -24,7 +24,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
 from sb3_sdac.diffusion import BETA_SCHEDULES, GaussianDiffusion
-from sb3_sdac.networks import CriticEnsemble, Mish, NoisePredictor
+from sb3_sdac.networks import CriticEnsemble, NoisePredictor
 
 
 def is_count(value: Any) -> bool:
@@ -65,7 +65,7 @@ class Actor(BasePolicy):
         net_arch: list[int],
         features_extractor: BaseFeaturesExtractor,
         features_dim: int,
-        activation_fn: type[nn.Module] = Mish,
+        activation_fn: type[nn.Module] = nn.SiLU,
         normalize_images: bool = True,
         n_diffusion_steps: int = 20,
         n_sampling_steps: int = 5,
@@ -200,10 +200,11 @@ class Critic(BaseModel):
         net_arch: list[int],
         features_extractor: BaseFeaturesExtractor,
         features_dim: int,
-        activation_fn: type[nn.Module] = Mish,
+        activation_fn: type[nn.Module] = nn.SiLU,
         normalize_images: bool = True,
         n_critics: int = 2,
         share_features_extractor: bool = False,
+        batch_norm: bool = False,
     ):
         super().__init__(
             observation_space, action_space, features_extractor=features_extractor, normalize_images=normalize_images
@@ -213,7 +214,9 @@ class Critic(BaseModel):
         self.activation_fn = activation_fn
         self.n_critics = n_critics
         self.share_features_extractor = share_features_extractor
-        self.q_networks = CriticEnsemble(n_critics, features_dim, get_action_dim(action_space), net_arch, activation_fn)
+        self.batch_norm = batch_norm
+        action_dim = get_action_dim(action_space)
+        self.q_networks = CriticEnsemble(n_critics, features_dim, action_dim, net_arch, activation_fn, batch_norm)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return _constructor_parameters(self, Critic)
@@ -225,10 +228,22 @@ class Critic(BaseModel):
         :param obs: observations
         :return: shape (C, B, H)
         """
+        return self.q_networks.encode(self._extract(obs))
+
+    def _extract(self, obs: PyTorchObs) -> th.Tensor:
         # A shared extractor learns from the actor's loss only, as in SB3's ContinuousCritic
         with th.set_grad_enabled(th.is_grad_enabled() and not self.share_features_extractor):
-            features = self.extract_features(obs, self.features_extractor)
-        return self.q_networks.encode(features)
+            return self.extract_features(obs, self.features_extractor)
+
+    def normalise_batch(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
+        """
+        Every critic's value of one action per observation, normalised by the statistics of this batch (``batch_norm``).
+
+        :param obs: observations
+        :param actions: actions in [-1, 1], shape (B, A)
+        :return: shape (C, B)
+        """
+        return self.q_networks.normalise_batch(self._extract(obs), actions)
 
     def q_values(self, encoded: th.Tensor, actions: th.Tensor) -> th.Tensor:
         """
@@ -271,12 +286,13 @@ class DiffusionPolicy(BasePolicy):
     :param action_space: a ``Box`` with finite bounds
     :param lr_schedule: learning rate schedule (its value at the start is used)
     :param net_arch: widths of the hidden layers, or ``dict(pi=[...], qf=[...])``; default three layers of 256 for both
-    :param activation_fn: activation function; default Mish
+    :param activation_fn: activation function; default SiLU
     :param features_extractor_class: features extractor; ``None`` means the policy's own (flatten, NatureCNN, or combined)
     :param features_extractor_kwargs: its keyword arguments
     :param normalize_images: divide images by 255
     :param optimizer_class: optimizer of the actor and of the critics
-    :param optimizer_kwargs: its keyword arguments besides the learning rate
+    :param optimizer_kwargs: its keyword arguments besides the learning rate; Adam is fused unless they say otherwise, and with
+        ``batch_norm`` its first beta is 0.5
     :param n_critics: C, the number of critics
     :param share_features_extractor: let the critics use the actor's features extractor, which then learns from the actor's
         loss only (this saves memory and the critics' backward pass through it)
@@ -289,6 +305,7 @@ class DiffusionPolicy(BasePolicy):
     :param exploration_noise: standard deviation of the normal noise added to explore, in units of the half box
     :param scale_noise_by_ent_coef: multiply ``exploration_noise`` with the entropy coefficient
     :param average_actor: act with a moving average of the actor
+    :param batch_norm: normalise the critics by batch statistics and have no target critics (CrossQ)
     """
 
     default_features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor
@@ -296,7 +313,7 @@ class DiffusionPolicy(BasePolicy):
     actor: Actor
     actor_target: Actor | None
     critic: Critic
-    critic_target: Critic
+    critic_target: Critic | None
 
     def __init__(
         self,
@@ -304,7 +321,7 @@ class DiffusionPolicy(BasePolicy):
         action_space: spaces.Box,
         lr_schedule: Schedule,
         net_arch: list[int] | dict[str, list[int]] | None = None,
-        activation_fn: type[nn.Module] = Mish,
+        activation_fn: type[nn.Module] = nn.SiLU,
         features_extractor_class: type[BaseFeaturesExtractor] | None = None,
         features_extractor_kwargs: dict[str, Any] | None = None,
         normalize_images: bool = True,
@@ -321,6 +338,7 @@ class DiffusionPolicy(BasePolicy):
         exploration_noise: float = 0.1,
         scale_noise_by_ent_coef: bool = False,
         average_actor: bool = False,
+        batch_norm: bool = True,
     ):
         super().__init__(
             observation_space,
@@ -351,6 +369,7 @@ class DiffusionPolicy(BasePolicy):
         self.exploration_noise = exploration_noise
         self.scale_noise_by_ent_coef = scale_noise_by_ent_coef
         self.average_actor = average_actor
+        self.batch_norm = batch_norm
 
         net_kwargs = {
             "observation_space": observation_space,
@@ -373,6 +392,7 @@ class DiffusionPolicy(BasePolicy):
             "net_arch": critic_arch,
             "n_critics": n_critics,
             "share_features_extractor": share_features_extractor,
+            "batch_norm": batch_norm,
         }
         # The logarithm of the entropy coefficient (alpha or lambda in the paper), kept with the policy since acting may
         # read it. It is set by the algorithm; no gradient ever reaches it.
@@ -392,9 +412,11 @@ class DiffusionPolicy(BasePolicy):
         self.critic.optimizer = self._make_optimizer(critic_parameters, lr_schedule)
 
         # Targets never share an extractor: it has to lag like the rest. They are always in evaluation mode.
-        self.critic_target = self.make_critic()
-        self.critic_target.load_state_dict(self.critic.state_dict())
-        self.critic_target.set_training_mode(False)
+        self.critic_target = None
+        if not self.batch_norm:
+            self.critic_target = self.make_critic()
+            self.critic_target.load_state_dict(self.critic.state_dict())
+            self.critic_target.set_training_mode(False)
         self.actor_target = None
         if self.average_actor:
             self.actor_target = self.make_actor()
@@ -402,7 +424,11 @@ class DiffusionPolicy(BasePolicy):
             self.actor_target.set_training_mode(False)
 
     def _make_optimizer(self, parameters: list[nn.Parameter], lr_schedule: Schedule) -> th.optim.Optimizer:
-        return self.optimizer_class(parameters, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
+        kwargs = self.optimizer_kwargs
+        if self.optimizer_class is th.optim.Adam:
+            # Targets that move at once call for less momentum (CrossQ)
+            kwargs = {"fused": True, **({"betas": (0.5, 0.999)} if self.batch_norm else {}), **kwargs}
+        return self.optimizer_class(parameters, lr=lr_schedule(1), **kwargs)  # type: ignore[call-arg]
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         # A dummy schedule: the learning rate is not needed to load a policy alone

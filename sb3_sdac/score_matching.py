@@ -6,17 +6,13 @@ diffusion step t has the score -E[noise] / sqrt(1 - abar_t), where the expectati
 each weighted by exp(Q(s, x_0) / lambda) (Ma et al., "Soft Diffusion Actor-Critic", arXiv 2502.00361). So the target of the
 noise predictor at (s, x_t, t) is a weighted mean of noises, and no sample of pi is needed.
 
-Pure maths: ``Q`` is any callable from x_0, shape (..., A), to values, shape (...), and random numbers are handed in.
+Pure maths: the values and gradients of Q at the candidates are handed in, and so are random numbers.
 Letters: B batch, K candidates (reverse samples) per x_t, A dimension of x.
 """
-
-from collections.abc import Callable
 
 import torch as th
 
 from sb3_sdac.diffusion import GaussianDiffusion
-
-QFunction = Callable[[th.Tensor], th.Tensor]
 
 
 def clipped_normal_candidates(
@@ -132,51 +128,41 @@ def expected_noise(noise: th.Tensor, weights: th.Tensor) -> th.Tensor:
 
 
 def gradient_noise(
-    q_function: QFunction,
-    diffusion: GaussianDiffusion,
-    t: th.Tensor,
-    x_0: th.Tensor,
-    weights: th.Tensor,
-    temperature: th.Tensor | float,
-    uniform: th.Tensor,
+    diffusion: GaussianDiffusion, t: th.Tensor, gradients: th.Tensor, temperature: th.Tensor | float
 ) -> th.Tensor:
     """
-    E[noise | x_t] through the gradient of Q at a few candidates drawn by their weight (target score identity).
+    What the gradient of Q at each candidate says about the noise: -sigma_t grad Q(x_0) / lambda (target score identity).
 
-    Integration by parts turns the posterior's mean noise into -sigma_t E[grad Q(x_0)] / lambda, sigma_t = sqrt(1 /
-    abar_t - 1), as if the box had no boundary (De Bortoli et al. 2024, "Target Score Matching", arXiv 2402.08667). Where
-    the noise is low this has a far smaller variance than the weighted mean of noises; the gradient never passes through
-    the denoising chain.
+    Integration by parts turns the posterior's mean noise into the posterior mean of this, sigma_t = sqrt(1 / abar_t - 1), as
+    if the box had no boundary (De Bortoli et al. 2024, "Target Score Matching", arXiv 2402.08667). Where the noise is
+    low this varies far less among the candidates than their noises do; the gradient never passes through the denoising chain.
 
-    :param q_function: from x_0, shape (B, M, A), to Q, shape (B, M), differentiable
     :param diffusion: the forward process
     :param t: diffusion steps, shape (B, 1)
-    :param x_0: candidates, shape (B, K, A)
-    :param weights: weights that sum to one over K, shape (B, K)
+    :param gradients: of Q at the candidates, shape (B, K, A)
     :param temperature: lambda > 0, in the unit of Q
-    :param uniform: uniform random numbers in [0, 1), shape (B, M), that choose M candidates with replacement
+    :return: shape (B, K, A), to be averaged like the noises
+    """
+    return gradients * (-diffusion.noise_to_signal[t].unsqueeze(2) / temperature)
+
+
+def combined_noise(noise: th.Tensor, gradient_noise: th.Tensor, weights: th.Tensor) -> th.Tensor:
+    """
+    Both estimates of E[noise | x_t], each with a share inversely proportional to the variance of what it averages.
+
+    The variances are those among the K candidates, summed over A: near noise level 0 the gradient's is small and
+    the estimate follows Q's gradient; where the noise is wider than Q's modes the gradients scatter and the weighted
+    noises take over. There is nothing to tune, and the scales of Q and of the box cancel.
+
+    :param noise: the candidates' noises, shape (B, K, A)
+    :param gradient_noise: from :func:`gradient_noise`, shape (B, K, A)
+    :param weights: weights that sum to one over K, shape (B, K)
     :return: shape (B, A)
     """
-    chosen = th.searchsorted(weights.cumsum(dim=-1), uniform).clamp(max=weights.shape[-1] - 1)  # (B, M)
-    points = th.take_along_dim(x_0, chosen.unsqueeze(-1), dim=1)  # (B, K, A) -> (B, M, A)
-    with th.enable_grad():
-        points = points.detach().requires_grad_()
-        (gradients,) = th.autograd.grad(q_function(points).sum(), points)
-    return -diffusion.noise_to_signal[t] * gradients.mean(dim=1) / temperature
-
-
-def gradient_share(diffusion: GaussianDiffusion, t: th.Tensor, crossover: float = 0.5) -> th.Tensor:
-    """
-    How much of the target comes from :func:`gradient_noise`: 1 / (1 + (sigma_t / crossover)^2).
-
-    Near 1 where the noise is low and Q's gradient tells most, near 0 where the noise is high and the candidates cover the box.
-
-    :param diffusion: the forward process
-    :param t: diffusion steps, shape (B, 1)
-    :param crossover: the sigma_t at which both targets have half the weight
-    :return: shape (B, 1), in (0, 1)
-    """
-    return 1 / (1 + (diffusion.noise_to_signal[t] / crossover).square())
+    variance, gradient_variance = (x.var(dim=1).sum(dim=-1).unsqueeze(1) for x in (noise, gradient_noise))  # (B, 1)
+    # Both are 0 where all candidates are one point: far outside the box
+    share = variance / (variance + gradient_variance).clamp(min=th.finfo(variance.dtype).tiny)
+    return expected_noise(noise, weights).lerp(expected_noise(gradient_noise, weights), share)
 
 
 def mirror_descent_weights(

@@ -14,7 +14,14 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict
+from stable_baselines3.common.type_aliases import (
+    GymEnv,
+    MaybeCallback,
+    PyTorchObs,
+    ReplayBufferSamples,
+    Schedule,
+    TensorDict,
+)
 from stable_baselines3.common.utils import (
     FloatSchedule,
     get_device,
@@ -24,6 +31,7 @@ from stable_baselines3.common.utils import (
 )
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
+from torch import nn
 
 from sb3_sdac import score_matching as sm
 from sb3_sdac.diffusion import BETA_SCHEDULES
@@ -31,8 +39,6 @@ from sb3_sdac.policies import Actor, CnnPolicy, Critic, DiffusionPolicy, MlpPoli
 
 SelfSDAC = TypeVar("SelfSDAC", bound="SDAC")
 
-#: Candidates at which Q is differentiated for the gradient-assisted target
-N_GRADIENT_POINTS = 4
 #: Share of each batch's solution that the temperature set from data takes over: a memory of about 20 actor updates
 TEMPERATURE_RATE = 0.05
 #: Moving average of Q's mean and standard deviation in the mirror-descent loss (official DPMD)
@@ -72,6 +78,8 @@ PAPER_SDAC: dict[str, Any] = {
     "qf_learning_rate": None,
     "actor_lr_decay": (3e-5, 25_000, 75_000),
     "critic_steps": 1,
+    "batch_norm": False,
+    "policy_kwargs": {"activation_fn": nn.Mish},
 }
 
 #: Official DPMD: the mirror-descent loss and two steps of the critics' optimizer per update. The first version of the paper
@@ -116,7 +124,7 @@ class SDAC(OffPolicyAlgorithm):
     :param n_reverse_samples: K, candidates for x_0 per noisy action, at least 2
     :param score_matching: where the noise predictor's target comes from. ``"reverse_sampling"``: the mean noise of K
         candidates weighted by exp(Q/lambda) (SDAC of the final paper). ``"gradient_assisted"``: the same, with Q's
-        gradient at four candidates taking over where the noise is low. ``"mirror_descent"``: denoising of the policy's
+        gradient at the candidates taking over where the noise is low. ``"mirror_descent"``: denoising of the policy's
         own actions, weighted by exp(Q) (DPMD; K, ``proposal`` and ``anchor`` do not matter).
     :param proposal: distribution of the candidates: ``"truncated_normal"`` inside the box or ``"clipped_normal"`` (the paper)
     :param anchor: the actions that are noised to get x_t: ``"next"``, those of the TD target at the next observations,
@@ -141,6 +149,10 @@ class SDAC(OffPolicyAlgorithm):
     :param actor_lr_decay: ``(final, begin, end)``: the actor's learning rate goes linearly from ``learning_rate`` to
         ``final`` between its ``begin``-th and ``end``-th update (the paper)
     :param critic_steps: steps of the critics' optimizer per update, all with the same gradient (2 in official DPMD)
+    :param batch_norm: normalise the inputs of the critics' layers by the statistics of the batch, and do without target
+        critics (CrossQ); ``tau`` and ``target_update_interval`` then only concern an averaged actor
+    :param mixed_precision: draw the update's actions in bfloat16, under ``torch.autocast``; ``"auto"`` where the processor has
+        such instructions (CPUs with AVX512-BF16 or AMX, CUDA devices). Acting, Q-values and all that is learned stay float32
     :param use_sde: not supported, must be False; here so that whoever comes from SAC is told so
     :param sde_sample_freq: goes with ``use_sde``, without effect
     :param stats_window_size: episodes over which the logged success rate, length and reward are averaged
@@ -162,13 +174,13 @@ class SDAC(OffPolicyAlgorithm):
     actor: Actor
     actor_target: Actor | None
     critic: Critic
-    critic_target: Critic
+    critic_target: Critic | None
 
     def __init__(
         self,
         policy: str | type[DiffusionPolicy],
         env: GymEnv | str,
-        learning_rate: float | Schedule = 3e-4,
+        learning_rate: float | Schedule = 1e-3,
         buffer_size: int = 1_000_000,
         learning_starts: int = 100,
         batch_size: int = 256,
@@ -187,8 +199,8 @@ class SDAC(OffPolicyAlgorithm):
         init_noise_scale: float = 0.5,
         beta_schedule: str = "linear",
         n_particles: int = 4,
-        n_target_particles: int | None = None,
-        n_reverse_samples: int = 16,
+        n_target_particles: int | None = 1,
+        n_reverse_samples: int = 8,
         score_matching: str = "gradient_assisted",
         proposal: str = "truncated_normal",
         anchor: str = "next",
@@ -197,13 +209,15 @@ class SDAC(OffPolicyAlgorithm):
         exploration_noise: float = 0.1,
         scale_noise_by_ent_coef: bool = False,
         clip_target_actions: bool = True,
-        policy_delay: int = 2,
+        policy_delay: int = 3,
         target_update_interval: int = 1,
         average_actor: bool = False,
         reward_scale: float = 0.2,
         qf_learning_rate: float | Schedule | None = None,
         actor_lr_decay: tuple[float, int, int] | None = None,
         critic_steps: int = 1,
+        batch_norm: bool = True,
+        mixed_precision: bool | str = "auto",
         use_sde: bool = False,
         sde_sample_freq: int = -1,
         stats_window_size: int = 100,
@@ -266,8 +280,11 @@ class SDAC(OffPolicyAlgorithm):
         self.qf_learning_rate = qf_learning_rate
         self.actor_lr_decay = actor_lr_decay
         self.critic_steps = critic_steps
+        self.batch_norm = batch_norm
+        self.mixed_precision = mixed_precision
         self._saved_ent_coef = ent_coef  # what it was when the model was saved, should `load` change it
         self._n_actor_updates = 0
+        self._metrics: dict[str, tuple[th.Tensor | float, int]] = {}
 
         if _init_setup_model:
             self._setup_model()
@@ -287,18 +304,25 @@ class SDAC(OffPolicyAlgorithm):
             self.replay_buffer = None
         self._create_aliases()
         # Running statistics of batch normalisation are copied, not averaged, see SB3's issue 996
-        self.batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
-        self.batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
+        self.batch_norm_stats, self.batch_norm_stats_target = [], []
+        if self.critic_target is not None:
+            self.batch_norm_stats += get_parameters_by_name(self.critic, ["running_"])
+            self.batch_norm_stats_target += get_parameters_by_name(self.critic_target, ["running_"])
         if self.actor_target is not None:
             self.batch_norm_stats += get_parameters_by_name(self.actor, ["running_"])
             self.batch_norm_stats_target += get_parameters_by_name(self.actor_target, ["running_"])
         self._setup_temperature()
+        self._mixed_precision = _has_bfloat16(self.device) if self.mixed_precision == "auto" else bool(self.mixed_precision)
+        if self.device.type == "cpu":
+            # glibc gives large blocks back to the system at once, and new pages cost more than the arithmetic on them, until
+            # it has seen one of nearly 32 MiB freed (mallopt(3), M_MMAP_THRESHOLD): 2,000 page faults per update less
+            th.empty(2**25 - 2**16, dtype=th.uint8)
         self.q_running_mean = th.zeros((), device=self.device)
         self.q_running_std = th.ones((), device=self.device)
 
     def _diffusion_kwargs(self) -> dict[str, Any]:
         names = ["n_diffusion_steps", "n_sampling_steps", "eta", "init_noise_scale", "beta_schedule", "n_particles"]
-        names += ["exploration_noise", "scale_noise_by_ent_coef", "average_actor"]
+        names += ["exploration_noise", "scale_noise_by_ent_coef", "average_actor", "batch_norm"]
         return {name: getattr(self, name) for name in names}
 
     def _setup_temperature(self) -> None:
@@ -344,8 +368,6 @@ class SDAC(OffPolicyAlgorithm):
         self.policy.set_training_mode(True)
         update_learning_rate(self.critic.optimizer, self._qf_learning_rate())
         anchor_is_next = self.anchor == "next" or self.score_matching == "mirror_descent"
-        metrics: list[th.Tensor] = []
-        actor_metrics: list[th.Tensor] = []
 
         for _ in range(gradient_steps):
             step_actor = self._n_updates % self.policy_delay == 0
@@ -360,14 +382,13 @@ class SDAC(OffPolicyAlgorithm):
                 # Next actions: N reverse diffusions, the best by min Q, noise
                 encoded_critic = self.critic.encode(replay_data.next_observations)  # (C, B, H)
                 actions = next_actions = self._sample_actions(encoded_actor, encoded_critic)  # (B, A)
-                # TD target: without an entropy term, as in the authors' code
-                encoded_target = self.critic_target.encode(replay_data.next_observations)
-                next_q_values = self.critic_target.min_q(encoded_target, next_actions).unsqueeze(1)  # (B, 1)
-                target_q_values = self.reward_scale * replay_data.rewards + (1 - replay_data.dones) * discounts * next_q_values
+
+            # TD target: without an entropy term, as in the authors' code
+            current_q_values, next_q_values = self._q_values(replay_data, next_actions)  # (C, B), (C, B)
+            next_q_values = next_q_values.amin(dim=0).unsqueeze(1)  # (C, B) -> (B, 1)
+            target_q_values = self.reward_scale * replay_data.rewards + (1 - replay_data.dones) * discounts * next_q_values
 
             # Critic loss: the squared TD error of each critic
-            encoded_current = self.critic.encode(replay_data.observations)
-            current_q_values = self.critic.q_values(encoded_current, replay_data.actions)  # (C, B)
             critic_loss = (current_q_values - target_q_values.squeeze(1)).square().mean(dim=1).sum()
             self.critic.optimizer.zero_grad()
             critic_loss.backward()
@@ -375,19 +396,17 @@ class SDAC(OffPolicyAlgorithm):
                 self.critic.optimizer.step()
 
             # Score matching at an action of the policy, on the critics as they are before this update's (last) step
-            if step_actor and not anchor_is_next:
-                encoded_actor, encoded_critic = self.actor.encode(replay_data.observations), encoded_current.detach()
-            if self.critic_steps > 1:  # the critics are not those that encoded any more
-                with th.no_grad():
-                    encoded_critic = self.critic.encode(
-                        replay_data.next_observations if anchor_is_next else replay_data.observations
-                    )
+            if self.critic_steps > 1 and anchor_is_next:
+                with th.no_grad():  # other critics than above
+                    encoded_critic = self.critic.encode(replay_data.next_observations)
             if step_actor:
                 if not anchor_is_next:
+                    encoded_actor = self.actor.encode(replay_data.observations)
                     with th.no_grad():
+                        encoded_critic = self.critic.encode(replay_data.observations)
                         actions = self._sample_actions(encoded_actor, encoded_critic)
                 actor_loss, reverse_ess = self._score_matching_loss(encoded_actor, encoded_critic, actions)
-                actor_metrics.append(th.stack([actor_loss.detach(), reverse_ess]))
+                self._track(actor_loss=actor_loss, reverse_ess=reverse_ess)
             if self.score_matching == "mirror_descent":
                 self._track_q_statistics(self.critic.min_q(encoded_critic, next_actions).detach())
 
@@ -406,23 +425,48 @@ class SDAC(OffPolicyAlgorithm):
                 self._update_targets()
 
             self._n_updates += 1
-            metrics.append(th.stack([critic_loss, current_q_values.mean(), self.ent_coef_tensor]).detach())
+            self._track(critic_loss=critic_loss, q_value=current_q_values.mean(), ent_coef=self.ent_coef_tensor)
 
-        # Read back from the device once, after the loop
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        self._record_means(["critic_loss", "q_value", "ent_coef"], metrics)
-        self._record_means(["actor_loss", "reverse_ess"], actor_metrics)
         self.logger.record("train/learning_rate", self._actor_learning_rate())
         self.logger.record("train/qf_learning_rate", self._qf_learning_rate())
 
-    def _record_means(self, names: list[str], metrics: list[th.Tensor]) -> None:
+    def _track(self, **metrics: th.Tensor) -> None:
         """
-        :param names: of the logged keys, after ``train/``
-        :param metrics: one tensor of their values per update; none where no update made them
+        Add to the sums whose means the next log shows; they stay on the device, so that no update waits for it.
+
+        :param metrics: scalars by their logged name, after ``train/``
         """
-        if metrics:
-            for name, mean in zip(names, th.stack(metrics).mean(dim=0).tolist(), strict=True):
-                self.logger.record(f"train/{name}", mean)
+        for name, value in metrics.items():
+            total, count = self._metrics.get(name, (0.0, 0))
+            self._metrics[name] = total + value.detach(), count + 1
+
+    def dump_logs(self) -> None:
+        """Write the log, with the means of the training metrics since the last one."""
+        for name, (total, count) in self._metrics.items():
+            self.logger.record(f"train/{name}", float(total) / count)
+        self._metrics = {}
+        super().dump_logs()
+
+    def _q_values(self, replay_data: ReplayBufferSamples, next_actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """
+        The critics' values of the transitions and, without gradient, those that the TD target is made from.
+
+        :param replay_data: B transitions
+        :param next_actions: the policy's actions at the next observations, shape (B, A)
+        :return: two tensors of shape (C, B)
+        """
+        if self.critic_target is None:
+            # Both in one batch, so that both are normalised alike; then no target network is needed (Bhatt et al. 2024,
+            # "CrossQ", arXiv 1902.05605)
+            obs = _concatenate(replay_data.observations, replay_data.next_observations)
+            q_values = self.critic.normalise_batch(obs, th.cat([replay_data.actions, next_actions]))  # (C, 2 B)
+            q_values, next_q_values = q_values.chunk(2, dim=1)
+            return q_values, next_q_values.detach()
+        with th.no_grad():
+            encoded_target = self.critic_target.encode(replay_data.next_observations)
+            next_q_values = self.critic_target.q_values(encoded_target, next_actions)
+        return self.critic.q_values(self.critic.encode(replay_data.observations), replay_data.actions), next_q_values
 
     def _sample_actions(self, encoded_actor: th.Tensor, encoded_critic: th.Tensor) -> th.Tensor:
         """
@@ -433,8 +477,11 @@ class SDAC(OffPolicyAlgorithm):
         :return: shape (B, A)
         """
         n_particles = self.n_particles if self.n_target_particles is None else self.n_target_particles
-        particles = self.actor.sample(encoded_actor, *self.actor.draw_noise(len(encoded_actor), n_particles))
-        actions = self.policy.explore(self.policy.best_of(encoded_critic, particles))
+        noise = self.actor.draw_noise(len(encoded_actor), n_particles)
+        # The candidates' Q stays float32: its rounding would spread their weights, and with it ent_coef="auto" rose by half
+        with th.autocast(self.device.type, dtype=th.bfloat16, enabled=self._mixed_precision):
+            best = self.policy.best_of(encoded_critic, self.actor.sample(encoded_actor, *noise))
+        actions = self.policy.explore(best)
         return actions.clamp(-1, 1) if self.clip_target_actions else actions
 
     def _score_matching_loss(
@@ -467,7 +514,7 @@ class SDAC(OffPolicyAlgorithm):
             propose, draw = sm.PROPOSALS[self.proposal]
             random_numbers = draw((len(actions), self.n_reverse_samples, self.actor.action_dim), device=self.device)
             x_0, noises = propose(self.actor.diffusion, noisy_actions, t, random_numbers)
-            q_values = self.critic.min_q(encoded_critic, x_0)
+            q_values, gradients = self._q_values_and_gradients(encoded_critic, x_0)
             if str(self.ent_coef).startswith("auto"):
                 self._set_temperature(q_values)
             # In the unit of the critics, whose rewards are scaled
@@ -475,22 +522,24 @@ class SDAC(OffPolicyAlgorithm):
             weights = sm.softmax_weights(q_values, temperature)
             reverse_ess = sm.effective_sample_size(weights).mean()
 
-        if self.score_matching == "reverse_sampling":
+        if gradients is None:  # reverse sampling alone
             # (B, A) -> (B, 1, A): one prediction for all K noises
             return sm.denoising_loss(predicted_noise.unsqueeze(1), noises, weights.unsqueeze(2)), reverse_ess
+        assisted = sm.gradient_noise(self.actor.diffusion, t, gradients, temperature)
+        return sm.denoising_loss(predicted_noise, sm.combined_noise(noises, assisted, weights)), reverse_ess
 
-        target = sm.expected_noise(noises, weights)
-        assisted = sm.gradient_noise(
-            lambda points: self.critic.min_q(encoded_critic, points),
-            self.actor.diffusion,
-            t,
-            x_0,
-            weights,
-            temperature,
-            th.rand((len(actions), N_GRADIENT_POINTS), device=self.device),
-        )
-        target = target.lerp(assisted, sm.gradient_share(self.actor.diffusion, t))  # (B, A)
-        return sm.denoising_loss(predicted_noise, target), reverse_ess
+    def _q_values_and_gradients(self, encoded_critic: th.Tensor, x_0: th.Tensor) -> tuple[th.Tensor, th.Tensor | None]:
+        """
+        :param encoded_critic: the critics' encoding of B observations, shape (C, B, H)
+        :param x_0: candidates, shape (B, K, A)
+        :return: min Q, shape (B, K), and, for the gradient-assisted target, its gradient with respect to x_0, shape (B, K, A)
+        """
+        if self.score_matching == "reverse_sampling":
+            return self.critic.min_q(encoded_critic, x_0), None
+        with th.enable_grad():
+            q_values = self.critic.min_q(encoded_critic, x_0.requires_grad_())
+            (gradients,) = th.autograd.grad(q_values.sum(), x_0)
+        return q_values.detach(), gradients
 
     def _track_q_statistics(self, q_values: th.Tensor) -> None:
         """
@@ -527,7 +576,8 @@ class SDAC(OffPolicyAlgorithm):
 
     def _update_targets(self) -> None:
         """Polyak step of the target critics and of the averaged actor."""
-        polyak_update(self.critic.parameters(), self.critic_target.parameters(), self.tau)
+        if self.critic_target is not None:
+            polyak_update(self.critic.parameters(), self.critic_target.parameters(), self.tau)
         polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
         if self.actor_target is not None:
             polyak_update(self.actor.parameters(), self.actor_target.parameters(), self.tau)
@@ -735,6 +785,7 @@ class SDAC(OffPolicyAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         aliases = ["actor", "actor_target", "critic", "critic_target", "batch_norm_stats", "batch_norm_stats_target"]
+        aliases += ["_metrics", "_mixed_precision"]  # made anew: the other machine may not have bfloat16
         return [*super()._excluded_save_params(), *aliases]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
@@ -800,6 +851,7 @@ class SDAC(OffPolicyAlgorithm):
         if self.actor_lr_decay is not None:
             allowed = "(final learning rate, first, last actor update) with first < last, or None"
             self._check(_is_lr_decay, allowed, "actor_lr_decay")
+        self._check(lambda value: isinstance(value, bool) or value == "auto", "True, False or 'auto'", "mixed_precision")
         self._check(_is_ent_coef, "a positive number, 'auto', 'auto_<number>', 'paper' or 'paper_<number>'", "ent_coef")
         if str(self.ent_coef).startswith("auto"):
             if self.score_matching == "mirror_descent":
@@ -823,6 +875,12 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and bool(np.isfinite(value))
 
 
+def _concatenate(first: PyTorchObs, second: PyTorchObs) -> PyTorchObs:
+    if isinstance(first, dict) and isinstance(second, dict):
+        return {key: th.cat([value, second[key]]) for key, value in first.items()}
+    return th.cat([first, second])  # type: ignore[list-item]
+
+
 def _as_int(value: Any) -> Any:
     return int(value) if isinstance(value, np.integer) else value
 
@@ -844,6 +902,15 @@ def _is_ent_coef(value: Any) -> bool:
         except ValueError:
             return False
     return _is_number(value) and bool(value > 0)
+
+
+def _has_bfloat16(device: th.device) -> bool:
+    """Whether matrix products in bfloat16 are faster there than in float32."""
+    if device.type == "cuda":
+        return th.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    return th.cpu._is_avx512_bf16_supported() or th.cpu._is_amx_tile_supported()
 
 
 def _check_device(device: th.device | str) -> None:

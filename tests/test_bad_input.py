@@ -150,6 +150,10 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], tuple[Any, ...]]] = [
         ({"actor_lr_decay": value}, ("actor_lr_decay", value, "first < last"))
         for value in ((1e-5, 4, 2), (1e-5, -1, 2), (1e-5, 2), (-1e-5, 0, 2))
     ],
+    *[
+        ({"mixed_precision": value}, ("mixed_precision", f"got {value!r}", "True, False or 'auto'"))
+        for value in (1, 0.0, None, "on")
+    ],
     *[({name: -1e-3}, (name, "got -0.001", "at least 0")) for name in ("learning_rate", "qf_learning_rate")],
     *[({"policy_kwargs": {"n_critics": value}}, ("n_critics", value, "at least 1")) for value in (2.5, "2", True)],
     *[({"policy_kwargs": {"net_arch": value}}, ("net_arch", value, "at least 1")) for value in ([0], [8.0])],

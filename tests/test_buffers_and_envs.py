@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from logged import logged
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv, FakeImageEnv, SimpleMultiObsEnv
@@ -71,8 +72,8 @@ def td_targets(
     """
     asked = []
 
-    def target_min_q(encoded: th.Tensor, actions: th.Tensor) -> th.Tensor:
-        return th.full(actions.shape[:-1], next_q)
+    def target_q_values(encoded: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        return th.full((1, *actions.shape[:-1]), next_q)
 
     def target_encode(obs: th.Tensor) -> th.Tensor:
         asked.append(obs[0, 0].item())
@@ -80,7 +81,7 @@ def td_targets(
 
     buffer = model.replay_buffer
     assert buffer is not None
-    monkeypatch.setattr(model.critic_target, "min_q", target_min_q)
+    monkeypatch.setattr(model.critic_target, "q_values", target_q_values)
     monkeypatch.setattr(model.critic_target, "encode", target_encode)
     targets = []
     for index in indices:
@@ -88,12 +89,12 @@ def td_targets(
             th.nn.init.zeros_(parameter)
         monkeypatch.setattr(buffer, "sample", lambda n, env, i=index: buffer._get_samples(np.full(n, i), env))
         model.train(gradient_steps=1, batch_size=4)
-        targets.append(model.logger.name_to_value["train/critic_loss"] ** 0.5)
+        targets.append(logged(model)["critic_loss"] ** 0.5)
     return targets, asked
 
 
 def model_of_counting(length: int, terminates: bool, **kwargs: Any) -> SDAC:
-    kwargs = {"gamma": 0.9, "reward_scale": 0.5, "gradient_steps": 0, "learning_starts": 0, **kwargs}
+    kwargs = {"batch_norm": False, "gamma": 0.9, "reward_scale": 0.5, "gradient_steps": 0, "learning_starts": 0, **kwargs}
     model = make_model(CountingEnv(length, terminates), policy_kwargs={"n_critics": 1}, **kwargs)
     return model.learn(12)
 
@@ -217,7 +218,9 @@ def test_train_samples_normalised(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_stacked_images(channel_first: bool) -> None:
     kwargs = {"screen_height": 40, "screen_width": 36, "discrete": False, "channel_first": channel_first}
     env = VecFrameStack(make_vec_env(FakeImageEnv, 2, env_kwargs=kwargs), n_stack=3)
-    model = make_model(env, "CnnPolicy", policy_kwargs={"features_extractor_kwargs": {"features_dim": 8}})
+    policy_kwargs = {"features_extractor_kwargs": {"features_dim": 8}}
+    model = make_model(env, "CnnPolicy", policy_kwargs=policy_kwargs, batch_norm=False)
+    assert model.critic_target is not None
     assert isinstance(model.get_env(), VecFrameStack if channel_first else VecTransposeImage)
     model.learn(26)
     assert model._n_updates == 3
@@ -234,7 +237,9 @@ def test_stacked_images(channel_first: bool) -> None:
 def test_every_extractor_of_images_learns() -> None:
     """The actor's and, with one of their own, the critics'; the targets' follows."""
     env = DummyVecEnv([lambda: FakeImageEnv(screen_height=36, screen_width=36, discrete=False)])
-    model = make_model(env, "CnnPolicy", policy_kwargs={"features_extractor_kwargs": {"features_dim": 8}})
+    policy_kwargs = {"features_extractor_kwargs": {"features_dim": 8}}
+    model = make_model(env, "CnnPolicy", policy_kwargs=policy_kwargs, batch_norm=False)
+    assert model.critic_target is not None
     parts = [model.actor.features_extractor, model.critic.features_extractor, model.critic_target.features_extractor]
     before = [[parameter.clone() for parameter in part.parameters()] for part in parts]
     model.learn(24)

@@ -2,17 +2,19 @@
 Array by array against the authors' JAX implementation (``data/official_sdac.npz``, computed in float32).
 
 Every comparison allows float32 rounding only: a relative or absolute error of 1e-3 anywhere fails. The parts are those that
-``SDAC(**PAPER_SDAC)`` trains with.
+``SDAC(**PAPER_SDAC)`` trains with, in float32 where a processor would choose bfloat16.
 """
 
 import inspect
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from logged import logged
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch import nn
@@ -67,17 +69,16 @@ class ReferenceEnv(gym.Env[np.ndarray, np.ndarray]):
     action_space = spaces.Box(-1, 1, (ACTION_DIM,))
 
 
-def make_model(preset: dict[str, object]) -> SDAC:
-    model = SDAC(
-        "MlpPolicy",
-        ReferenceEnv(),
-        buffer_size=10,
-        policy_kwargs={"net_arch": [WIDTH] * 3, "n_critics": 2},
-        **{**preset, "n_particles": N, "n_reverse_samples": K},
-    )
+def make_model(preset: dict[str, Any]) -> SDAC:
+    policy_kwargs = {**preset["policy_kwargs"], "net_arch": [WIDTH] * 3, "n_critics": 2}
+    sizes = {"n_particles": N, "n_reverse_samples": K, "buffer_size": 10}
+    arguments = {**preset, **sizes, "policy_kwargs": policy_kwargs, "mixed_precision": False}
+    model = SDAC("MlpPolicy", ReferenceEnv(), **arguments)
     model.set_logger(configure(None, []))
     load_noise_predictor(model.actor.noise_predictor)
     load_critics(model.critic.q_networks, ("q1", "q2"))
+    assert model.critic_target is not None
+    assert model.critic_target is not None
     load_critics(model.critic_target.q_networks, ("target_q1", "target_q2"))
     model.policy.log_ent_coef.data.fill_(np.log(ALPHA))
     return model
@@ -142,7 +143,7 @@ def replay_data() -> ReplayBufferSamples:
 
 
 def test_td_target_and_critic_losses(model: SDAC, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next actions as the update draws them, and the critic loss that train() logs, for two critics together."""
+    """The next actions as the update draws them, and the critic loss that is logged, for two critics together."""
     draws = Draws(monkeypatch)
     x_T, step_noise = array("sample/x_T").transpose(0, 1), array("sample/step_noise").transpose(1, 2)
     draws.queue = [x_T / model.init_noise_scale, step_noise, array("critic/exploration_noise")]
@@ -165,7 +166,7 @@ def test_td_target_and_critic_losses(model: SDAC, monkeypatch: pytest.MonkeyPatc
     model._n_updates = 1  # neither actor nor temperature nor targets are stepped on this one
     model.train(1)
     losses = float(ARRAYS["critic/q1_loss"]) + float(ARRAYS["critic/q2_loss"])
-    assert model.logger.name_to_value["train/critic_loss"] == pytest.approx(losses, rel=2e-5)
+    assert logged(model)["critic_loss"] == pytest.approx(losses, rel=2e-5)
     # The same from the reference's own target: mean squared distance of each critic to it
     current_q = targets[-1]
     for index, name in enumerate(["critic/q1_loss", "critic/q2_loss"]):
@@ -225,7 +226,7 @@ def check_gradients(model: SDAC, kind: str) -> None:
 def test_alpha_curve(action_dim: int) -> None:
     env = ReferenceEnv()
     env.action_space = spaces.Box(-1, 1, (action_dim,))
-    model = SDAC("MlpPolicy", env, buffer_size=10, policy_kwargs={"net_arch": [4]}, **PAPER_SDAC)
+    model = SDAC("MlpPolicy", env, buffer_size=10, **{**PAPER_SDAC, "policy_kwargs": {"net_arch": [4]}})
     assert model._target_entropy is not None
     model.policy.double()
     alphas = [model.ent_coef_tensor.item()]
@@ -244,16 +245,21 @@ def test_actor_learning_rate(model: SDAC) -> None:
     assert_matches(np.array(rates), "policy_lr/value", atol=0, rtol=1e-6)
 
 
-def test_paper_networks_are_the_defaults_of_the_policy() -> None:
-    """The presets leave policy_kwargs to the user, so what the paper has must be what the policy has by default."""
-    model = SDAC("MlpPolicy", "Pendulum-v1", buffer_size=10, **PAPER_SDAC)
-    assert (model.policy.net_arch, model.policy.n_critics, model.policy.activation_fn) == ([256] * 3, 2, Mish)
+@pytest.mark.parametrize("preset", [PAPER_SDAC, PAPER_DPMD], ids=["SDAC", "DPMD"])
+def test_presets_are_complete(preset: dict[str, Any]) -> None:
+    """The paper's activation is in the preset; its other networks and its optimizer are what the policy has by default."""
+    model = SDAC("MlpPolicy", "Pendulum-v1", buffer_size=10, **preset)
+    assert preset["policy_kwargs"] == {"activation_fn": nn.Mish}
+    assert (model.policy.net_arch, model.policy.n_critics, model.policy.activation_fn) == ([256] * 3, 2, nn.Mish)
     assert model.policy.optimizer_class is th.optim.Adam and not model.policy.optimizer_kwargs
+    for rest in (model.actor.noise_predictor.time_mlp, model.actor.noise_predictor.rest, model.critic.q_networks.rest):
+        activations = [module for module in rest if not isinstance(module, (nn.Linear, EnsembleLinear))]
+        assert activations and all(type(module) is Mish for module in activations)
+    # The user's own: what does not change the algorithm, mixed_precision among it
     own = {
         "policy",
         "env",
         "buffer_size",
-        "policy_kwargs",
         "stats_window_size",
         "tensorboard_log",
         "verbose",
@@ -268,5 +274,5 @@ def test_paper_networks_are_the_defaults_of_the_policy() -> None:
         "use_sde",
         "sde_sample_freq",
     }
-    own |= {"target_ess"}
-    assert set(inspect.signature(SDAC).parameters) - own - {"_init_setup_model"} == set(PAPER_SDAC)
+    own |= {"mixed_precision", "target_ess"}
+    assert set(inspect.signature(SDAC).parameters) - own - {"_init_setup_model"} == set(preset)

@@ -16,6 +16,7 @@ from stable_baselines3.common.utils import ConstantSchedule
 from torch import nn
 
 from sb3_sdac import SDAC, CnnPolicy, DiffusionPolicy, MultiInputPolicy
+from sb3_sdac.networks import EnsembleLinear, Mish
 from sb3_sdac.policies import Actor, Critic
 
 SMALL: dict[str, Any] = {"net_arch": [16], "n_diffusion_steps": 5, "n_sampling_steps": 2, "n_particles": 2}
@@ -238,8 +239,8 @@ def test_averaged_actor_is_the_one_that_acts() -> None:
 
 
 def test_set_training_mode_leaves_targets_in_evaluation() -> None:
-    policy = make_policy(average_actor=True)
-    assert policy.actor_target is not None
+    policy = make_policy(average_actor=True, batch_norm=False)
+    assert policy.actor_target is not None and policy.critic_target is not None
     for mode in (True, False, True):
         policy.set_training_mode(mode)
         assert policy.actor.training == policy.critic.training == policy.training == mode
@@ -265,6 +266,7 @@ def test_dropout_and_batch_norm(share: bool) -> None:
         batch_size=8,
         gradient_steps=0,
         average_actor=True,
+        batch_norm=False,
         seed=0,
         policy_kwargs=policy_kwargs,
     )
@@ -276,7 +278,7 @@ def test_dropout_and_batch_norm(share: bool) -> None:
     np.testing.assert_array_equal(model.predict(observations(), deterministic=True)[0], first)
 
     model.train(gradient_steps=2, batch_size=8)
-    assert model.actor_target is not None
+    assert model.actor_target is not None and model.critic_target is not None
     for net, target in [(model.actor, model.actor_target), (model.critic, model.critic_target)]:
         (mean,), (target_mean,) = running_means(net), running_means(target)
         assert mean.abs().max() > 0
@@ -307,6 +309,7 @@ OTHER_THAN_DEFAULT: dict[str, Any] = {
     "exploration_noise": 0.2,
     "scale_noise_by_ent_coef": True,
     "average_actor": True,
+    "batch_norm": False,
 }
 
 
@@ -379,7 +382,8 @@ def widths(module: nn.Module) -> list[int]:
     ],
 )
 def test_net_arch(net_arch: Any, actor: list[int], critic: list[int]) -> None:
-    policy = make_policy(net_arch=net_arch)
+    policy = make_policy(net_arch=net_arch, batch_norm=False)
+    assert policy.critic_target is not None
     assert widths(policy.actor) == actor
     assert widths(policy.critic) == widths(policy.critic_target) == critic
 
@@ -391,7 +395,9 @@ def test_optimizers(share: bool) -> None:
         optimizer_kwargs={"momentum": 0.7},
         features_extractor_class=NoisyExtractor,
         share_features_extractor=share,
+        batch_norm=False,
     )
+    assert policy.critic_target is not None
     stepped = []
     for model in (policy.actor, policy.critic):
         assert isinstance(model.optimizer, th.optim.SGD)
@@ -407,6 +413,71 @@ def test_optimizers(share: bool) -> None:
 
 
 @pytest.mark.parametrize(
+    "kwargs, fused",
+    [
+        ({}, True),
+        ({"optimizer_kwargs": {"betas": (0.7, 0.99), "eps": 1e-6}}, True),
+        ({"optimizer_kwargs": {"fused": False}}, False),
+        ({"optimizer_class": th.optim.AdamW}, None),
+    ],
+    ids=["default", "other arguments", "not fused", "AdamW"],
+)
+def test_adam_is_fused(kwargs: dict[str, Any], fused: bool | None) -> None:
+    """Unless the user says otherwise; what the user gave is what is saved."""
+    policy = make_policy(**kwargs)
+    for model in (policy.actor, policy.critic):
+        (group,) = model.optimizer.param_groups
+        assert group["fused"] is fused
+        assert all(group[name] == value for name, value in kwargs.get("optimizer_kwargs", {}).items())
+    assert policy.optimizer_kwargs == kwargs.get("optimizer_kwargs", {})
+
+
+def test_fused_adam_takes_the_same_steps() -> None:
+    """As the one that is not fused, from the same gradients, to rounding."""
+    weights = []
+    for fused in (True, False):
+        policy = make_policy(optimizer_kwargs={"fused": fused})
+        for _ in range(3):
+            policy.actor.optimizer.zero_grad()
+            policy.actor.encode(th.as_tensor(observations())).square().mean().backward()
+            policy.actor.optimizer.step()
+        weights.append(policy.actor.noise_predictor.first.weight.detach())
+    th.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-6)
+
+
+# Activations
+
+
+def activations(policy: DiffusionPolicy) -> list[nn.Module]:
+    nets = [policy.actor.noise_predictor.time_mlp, policy.actor.noise_predictor.rest, policy.critic.q_networks.rest]
+    return [module for net in nets for module in net if not isinstance(module, (nn.Linear, EnsembleLinear))]
+
+
+@pytest.mark.parametrize("given, used", [(None, nn.SiLU), (nn.Mish, Mish), (Mish, Mish), (nn.Tanh, nn.Tanh)])
+def test_activation(given: type[nn.Module] | None, used: type[nn.Module], tmp_path: Path) -> None:
+    """SiLU by default; ours in the place of ``nn.Mish``, of which the policy's arguments and its file know nothing."""
+    kwargs: dict[str, Any] = {} if given is None else {"activation_fn": given}
+    policy = make_policy(**kwargs)
+    assert len(activations(policy)) == 3 and all(type(module) is used for module in activations(policy))
+    assert policy.activation_fn is (given or nn.SiLU)
+    policy.save(str(tmp_path / "policy.pth"))
+    loaded = DiffusionPolicy.load(str(tmp_path / "policy.pth"))
+    assert loaded.activation_fn is (given or nn.SiLU) and type(activations(loaded)[0]) is used
+
+
+def test_mish_is_mish() -> None:
+    """Value and gradient, also where exp(x) or its square overflow."""
+    x = th.cat([th.linspace(-30, 30, 2001), th.tensor([-200.0, -90.0, 45.0, 88.0, 89.0, 1e4])])
+    results = []
+    for function, argument in ((Mish(), x.clone()), (nn.Mish(), x.double())):
+        argument.requires_grad_()
+        value = function(argument)
+        (gradient,) = th.autograd.grad(value.sum(), argument)
+        results.append((value.detach().double(), gradient.double()))
+    th.testing.assert_close(results[0], results[1], rtol=1e-6, atol=3e-6)
+
+
+@pytest.mark.parametrize(
     "policy_class, space, extractor",
     [
         (DiffusionPolicy, OBSERVATIONS, FlattenExtractor),
@@ -415,7 +486,8 @@ def test_optimizers(share: bool) -> None:
     ],
 )
 def test_default_features_extractor(policy_class: type[DiffusionPolicy], space: spaces.Space, extractor: type) -> None:
-    policy = make_policy(policy_class=policy_class, observation_space=space)
+    policy = make_policy(policy_class=policy_class, observation_space=space, batch_norm=False)
+    assert policy.critic_target is not None
     for model in (policy.actor, policy.critic, policy.critic_target):
         assert type(model.features_extractor) is extractor
     observation: Any = space.sample()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from logged import logged
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
@@ -27,6 +28,7 @@ SMALL: dict[str, Any] = {
     "batch_size": 8,
     "buffer_size": 200,
     "learning_starts": 20,
+    "policy_delay": 2,
     "seed": 0,
 }
 LOGGED = {"critic_loss", "q_value", "ent_coef", "actor_loss", "reverse_ess", "learning_rate", "qf_learning_rate", "n_updates"}
@@ -44,22 +46,23 @@ def snapshot(model: SDAC) -> dict[str, th.Tensor]:
 def check_learning(model: SDAC, n_steps: int = 30, n_updates: int | None = None) -> dict[str, float]:
     """Learn, look at what was trained and logged; by default there is one update per step after the warm-up."""
     before = snapshot(model)
-    model.learn(n_steps, log_interval=10_000)  # never dumped, so that the last values can be read
+    model.learn(n_steps, log_interval=10_000)  # never dumped, so that all of it can be read
     assert model.num_timesteps == n_steps
     assert model._n_updates == (n_steps - model.learning_starts if n_updates is None else n_updates)
     after = snapshot(model)
-    for part in ("actor.noise_predictor.rest", "critic.q_networks.rest", "critic_target.q_networks.rest"):
+    parts = ["actor.noise_predictor.rest", "critic.q_networks.rest"]
+    for part in parts if model.batch_norm else [*parts, "critic_target.q_networks.rest"]:
         names = [name for name in after if name.startswith(part)]
         assert names and all(not th.equal(after[name], before[name]) for name in names), part
     assert all(th.isfinite(value).all() for value in after.values())
-    logged = {key.removeprefix("train/"): value for key, value in model.logger.name_to_value.items() if "train/" in key}
-    assert set(logged) == LOGGED
-    assert all(np.isfinite(value) for value in logged.values())
-    assert logged["n_updates"] == model._n_updates
+    log = logged(model)
+    assert set(log) == LOGGED
+    assert all(np.isfinite(value) for value in log.values())
+    assert log["n_updates"] == model._n_updates
     most = model.batch_size if model.score_matching == "mirror_descent" else model.n_reverse_samples
-    assert 1 <= logged["reverse_ess"] <= most
-    assert logged["ent_coef"] > 0
-    return logged
+    assert 1 <= log["reverse_ess"] <= most
+    assert log["ent_coef"] > 0
+    return log
 
 
 class DiscreteObsEnv(gym.Env):
@@ -87,8 +90,8 @@ def test_score_matching(score_matching: str, anchor: str, proposal: str) -> None
 
 @pytest.mark.parametrize("ent_coef, lowest, highest", [(0.3, 0.3, 0.3), ("paper", 4.9, 5), ("paper_1.5", 4.9, 5)])
 def test_ent_coef_not_from_data(ent_coef: float | str, lowest: float, highest: float) -> None:
-    logged = check_learning(make_model(ent_coef=ent_coef))
-    assert lowest - 1e-6 < logged["ent_coef"] < highest + 1e-6
+    log = check_learning(make_model(ent_coef=ent_coef))
+    assert lowest - 1e-6 < log["ent_coef"] < highest + 1e-6
 
 
 def test_ent_coef_from_data() -> None:
@@ -110,6 +113,9 @@ def test_ent_coef_from_data() -> None:
         {"beta_schedule": "cosine", "exploration_noise": 0.0},
         {"beta_schedule": "vp", "scale_noise_by_ent_coef": True},
         {"n_diffusion_steps": 1, "n_sampling_steps": 1},
+        {"batch_norm": False},
+        {"mixed_precision": True},
+        {"mixed_precision": False},
         {"critic_steps": 2, "target_update_interval": 2, "policy_delay": 1, "reward_scale": 1.0},
     ],
     ids=str,
@@ -187,9 +193,9 @@ def test_observation_spaces(env: gym.Env, policy: str) -> None:
 def test_learning_rate_schedules() -> None:
     """Functions of the progress remaining, from 1 to 0."""
     model = make_model(learning_rate=lambda progress: 1e-3 * progress, qf_learning_rate=LinearSchedule(2e-3, 0, 1))
-    logged = check_learning(model, 40)
-    assert logged["learning_rate"] == pytest.approx(0, abs=1e-9)
-    assert logged["qf_learning_rate"] == pytest.approx(0, abs=1e-9)
+    log = check_learning(model, 40)
+    assert log["learning_rate"] == pytest.approx(0, abs=1e-9)
+    assert log["qf_learning_rate"] == pytest.approx(0, abs=1e-9)
     model._current_progress_remaining = 0.25
     model.train(1, 8)
     assert model.actor.optimizer.param_groups[0]["lr"] == pytest.approx(0.25e-3)
@@ -197,11 +203,11 @@ def test_learning_rate_schedules() -> None:
 
 
 def test_learning_rates() -> None:
-    logged = check_learning(make_model(learning_rate=1e-3))
-    assert (logged["learning_rate"], logged["qf_learning_rate"]) == (1e-3, 1e-3)
-    logged = check_learning(make_model(learning_rate=1e-3, qf_learning_rate=2e-3, actor_lr_decay=(1e-4, 1, 4), policy_delay=1))
-    assert logged["learning_rate"] == pytest.approx(1e-4)
-    assert logged["qf_learning_rate"] == 2e-3
+    log = check_learning(make_model(learning_rate=1e-3))
+    assert (log["learning_rate"], log["qf_learning_rate"]) == (1e-3, 1e-3)
+    log = check_learning(make_model(learning_rate=1e-3, qf_learning_rate=2e-3, actor_lr_decay=(1e-4, 1, 4), policy_delay=1))
+    assert log["learning_rate"] == pytest.approx(1e-4)
+    assert log["qf_learning_rate"] == 2e-3
 
 
 def test_progress_bar_and_stats_window(capsys: pytest.CaptureFixture[str]) -> None:
@@ -265,11 +271,12 @@ def test_learn_continued() -> None:
 def test_paper_presets(preset: dict[str, Any]) -> None:
     """As they are, but for a short warm-up and small sizes; with five environments and one update per vector step."""
     env = make_vec_env("Pendulum-v1", n_envs=5)
-    kwargs = {**preset, "learning_starts": 20, "buffer_size": 100, "batch_size": 8, "seed": 0}
-    model = SDAC("MlpPolicy", env, policy_kwargs={"net_arch": [16]}, **kwargs)
+    policy_kwargs = {**preset["policy_kwargs"], "net_arch": [16]}
+    small = {"learning_starts": 20, "buffer_size": 100, "batch_size": 8, "seed": 0, "policy_kwargs": policy_kwargs}
+    model = SDAC("MlpPolicy", env, **{**preset, **small})
     model.learn(35, log_interval=10_000)
     assert model._n_updates == 3
-    logged = {key: value for key, value in model.logger.name_to_value.items() if key.startswith("train/")}
-    assert {f"train/{key}" for key in LOGGED} == set(logged)
-    assert all(np.isfinite(value) for value in logged.values())
-    assert logged["train/ent_coef"] == pytest.approx(5, rel=0.01)
+    log = logged(model)
+    assert set(log) == LOGGED
+    assert all(np.isfinite(value) for value in log.values())
+    assert log["ent_coef"] == pytest.approx(5, rel=0.01)

@@ -290,7 +290,7 @@ def test_what_is_in_the_file(tmp_path: Path) -> None:
     attributes = {
         name for name, value in vars(model).items() if isinstance(value, (th.nn.Module, th.Tensor, th.optim.Optimizer))
     }
-    assert {"policy", "actor", "actor_target", "critic", "critic_target"} <= attributes
+    assert {"policy", "actor", "actor_target", "critic"} <= attributes
     assert not set(data) & {*attributes, "env", "replay_buffer", "batch_norm_stats", "batch_norm_stats_target"}
     assert data["n_particles"] == 2
 

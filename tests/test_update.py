@@ -2,23 +2,29 @@
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch as th
+from gymnasium import spaces
+from logged import logged
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch import nn
 
-from sb3_sdac import PAPER_SDAC, SDAC
+from sb3_sdac import PAPER_DPMD, PAPER_SDAC, SDAC
 from sb3_sdac import score_matching as sm
+from sb3_sdac.networks import EnsembleLinear
+from sb3_sdac.sdac import _concatenate
 
 B = 8
 
 
 def make_model(**kwargs: Any) -> SDAC:
+    """Small, and in float32 on every processor: the tests compute what they compare with."""
     defaults: dict[str, Any] = {
         "n_diffusion_steps": 5,
         "n_sampling_steps": 2,
@@ -26,6 +32,9 @@ def make_model(**kwargs: Any) -> SDAC:
         "n_reverse_samples": 4,
         "buffer_size": 100,
         "seed": 0,
+        "mixed_precision": False,
+        "batch_norm": False,  # with it: the tests at the end of this file
+        "policy_delay": 2,
         "policy_kwargs": {"net_arch": [16]},
     }
     model = SDAC("MlpPolicy", "Pendulum-v1", **{**defaults, **kwargs})
@@ -57,6 +66,7 @@ def changed(before: list[th.Tensor], module: nn.Module) -> bool:
 def test_td_target_by_hand(monkeypatch: pytest.MonkeyPatch, discounts: th.Tensor | None) -> None:
     """y = scale r + (1 - done) discount min_c Q_target(s', a'), and the loss sums the critics' mean squared errors."""
     model = make_model(gamma=0.9, reward_scale=0.5)
+    assert model.critic_target is not None
     data = batch(discounts)
     next_actions = th.linspace(-1, 1, B).unsqueeze(1)
     monkeypatch.setattr(model, "_sample_actions", lambda *args: next_actions)
@@ -71,7 +81,7 @@ def test_td_target_by_hand(monkeypatch: pytest.MonkeyPatch, discounts: th.Tensor
             target = 0.5 * data.rewards[i].item() + (1 - data.dones[i].item()) * discount * next_q[i].item()
             loss += (q_values[i].item() - target) ** 2 / B
     model.train(1)
-    assert model.logger.name_to_value["train/critic_loss"] == pytest.approx(loss, rel=1e-5)
+    assert logged(model)["critic_loss"] == pytest.approx(loss, rel=1e-5)
 
 
 def test_reward_scale_and_temperature_cancel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,6 +107,7 @@ def test_actor_loss_touches_the_actor_only(score_matching: str) -> None:
     encoded = model.critic.encode(data.next_observations).detach()
     loss, _ = model._score_matching_loss(model.actor.encode(data.next_observations), encoded, th.zeros(B, 1))
     loss.backward()
+    assert model.critic_target is not None
     assert all(parameter.grad is None for parameter in [*model.critic.parameters(), *model.critic_target.parameters()])
     assert all(parameter.grad is not None for parameter in model.actor.noise_predictor.parameters())
 
@@ -181,19 +192,19 @@ def test_score_matching_is_handed_what_belongs_together(
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize(("anchor", "actor_calls"), [("next", [1, 1]), ("current", [2, 1])])
-def test_features_are_extracted_once(monkeypatch: pytest.MonkeyPatch, anchor: str, actor_calls: list[int]) -> None:
-    """With and without an actor step: each network sees each set of observations once."""
+@pytest.mark.parametrize(("anchor", "again"), [("next", [0, 0]), ("current", [1, 0])])
+def test_features_are_extracted_once(monkeypatch: pytest.MonkeyPatch, anchor: str, again: list[int]) -> None:
+    """With and without an actor step: each network sees each observation once, and again to draw fresh actions there."""
     model = make_model(anchor=anchor, policy_delay=2)
     give_batch(model, monkeypatch, batch())
     calls: list[str] = []
     for name in ("actor", "critic", "critic_target"):
         extractor = getattr(model, name).features_extractor
         extractor.register_forward_hook(lambda module, args, output, name=name: calls.append(name))
-    for expected in actor_calls:
+    for more in again:
         calls.clear()
         model.train(1)
-        assert Counter(calls) == {"actor": expected, "critic": 2, "critic_target": 1}
+        assert Counter(calls) == {"actor": 1 + more, "critic": 2 + more, "critic_target": 1}
 
 
 def test_score_target_sees_the_critics_before_their_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,7 +253,7 @@ def test_data_temperature_hits_its_target(monkeypatch: pytest.MonkeyPatch) -> No
     model = make_model(target_ess=0.5, n_reverse_samples=16)
     give_batch(model, monkeypatch, batch())
     model.train(1)
-    assert model.logger.name_to_value["train/reverse_ess"] == pytest.approx(8.0, rel=1e-3)
+    assert logged(model)["reverse_ess"] == pytest.approx(8.0, rel=1e-3)
 
     slow = make_model(target_ess=0.5, n_reverse_samples=16, ent_coef="auto_100.0")
     give_batch(slow, monkeypatch, batch())
@@ -337,7 +348,7 @@ def test_temperature_given_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 def test_one_noise_prediction_per_actor_update(monkeypatch: pytest.MonkeyPatch) -> None:
     """No redundant work: the noise predictor runs once per sampling step and once for the loss, not once per candidate."""
-    model = make_model(n_sampling_steps=3, n_reverse_samples=16)
+    model = make_model(n_sampling_steps=3, n_target_particles=2)
     give_batch(model, monkeypatch, batch())
     rows: list[int] = []
     model.actor.noise_predictor.register_forward_hook(lambda module, args, output: rows.append(output.numel()))
@@ -348,10 +359,150 @@ def test_one_noise_prediction_per_actor_update(monkeypatch: pytest.MonkeyPatch) 
     assert rows == [2 * B] * 3
 
 
+def test_metrics_are_means_since_the_last_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over several calls of train(), each metric over the updates that made it; the log after shows none of it again."""
+    model = make_model(policy_delay=2)
+    give_batch(model, monkeypatch, batch())
+    track = model._track
+    tracked: dict[str, list[float]] = {}
+
+    def spy(**metrics: th.Tensor) -> None:
+        for name, value in metrics.items():
+            tracked.setdefault(name, []).append(value.item())
+        track(**metrics)
+
+    monkeypatch.setattr(model, "_track", spy)
+    model.train(3)
+    model.train(2)
+    assert {name: len(values) for name, values in tracked.items()} == {
+        **{"critic_loss": 5, "q_value": 5, "ent_coef": 5},
+        **{"actor_loss": 3, "reverse_ess": 3},
+    }
+    log = logged(model)
+    for name, values in tracked.items():
+        assert len(set(values)) > 1
+        assert log[name] == pytest.approx(np.mean(values), rel=1e-5)
+        assert type(log[name]) is float
+
+    assert logged(model) == {}
+    tracked.clear()
+    model.train(1)  # the actor is not stepped on this one
+    log = logged(model)
+    assert set(log) == {"critic_loss", "q_value", "ent_coef", "learning_rate", "qf_learning_rate", "n_updates"}
+    assert log["critic_loss"] == pytest.approx(tracked["critic_loss"][0])
+
+
+@pytest.mark.parametrize("mixed_precision", [False, True])
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"anchor": "current"}, {"n_steps": 3}, {"score_matching": "reverse_sampling"}, PAPER_SDAC, PAPER_DPMD],
+    ids=["default", "current", "n steps", "reverse sampling", "SDAC", "DPMD"],
+)
+def test_an_update_reads_nothing_back(kwargs: dict[str, Any], mixed_precision: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU every number that Python asks for waits until all is computed; train() asks for none, from batch to log."""
+    small = {"n_diffusion_steps": 5, "n_sampling_steps": 2, "n_particles": 2, "n_reverse_samples": 4, "learning_starts": 20}
+    model = make_model(**{**kwargs, **small, "mixed_precision": mixed_precision})
+    model.learn(20)  # fills the replay buffer
+    conversions = ["float", "int", "bool", "index", "array"]
+
+    def refuse(name: str) -> Callable[..., Any]:
+        original = getattr(th.Tensor, name)
+
+        def read(tensor: th.Tensor, *args: Any, **kwargs: Any) -> Any:
+            # Adam that is not fused, for the paper's temperature, counts its steps in a tensor on the CPU
+            if any(tensor is state["step"] for state in model.ent_coef_optimizer.state.values()):
+                return original(tensor, *args, **kwargs)
+            raise AssertionError(f"{name} of a tensor was called")
+
+        return read
+
+    with monkeypatch.context() as patch:
+        for name in ("item", "tolist", "numpy", "cpu", "nonzero", *(f"__{kind}__" for kind in conversions)):
+            patch.setattr(th.Tensor, name, refuse(name))
+        with pytest.raises(AssertionError, match="__float__ of a tensor"):
+            float(th.zeros(()))
+        model.train(4, 8)
+        with pytest.raises(AssertionError, match="__float__ of a tensor"):
+            model.dump_logs()  # this is the one that waits
+    assert model._n_updates == 4
+
+
 def test_learning_rates_follow_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(learning_rate=lambda progress: 1e-3 * progress, qf_learning_rate=lambda progress: 2e-3 * progress)
     give_batch(model, monkeypatch, batch())
     model._current_progress_remaining = 0.25
     model.train(1)
-    assert model.logger.name_to_value["train/learning_rate"] == pytest.approx(2.5e-4)
-    assert model.logger.name_to_value["train/qf_learning_rate"] == pytest.approx(5e-4)
+    log = logged(model)
+    assert log["learning_rate"] == pytest.approx(2.5e-4)
+    assert log["qf_learning_rate"] == pytest.approx(5e-4)
+
+
+# Batch normalisation: critics without targets (CrossQ)
+
+
+def test_batch_norm_td_target_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both sides of the TD error come from one batch of (s, a) and (s', a'), normalised together."""
+    model = make_model(batch_norm=True, gamma=0.9, reward_scale=0.5)
+    assert model.critic_target is None
+    data = batch()
+    next_actions = th.linspace(-1, 1, B).unsqueeze(1)
+    monkeypatch.setattr(model, "_sample_actions", lambda *args: next_actions)
+    give_batch(model, monkeypatch, data)
+    x = th.cat([th.cat([data.observations, data.actions], 1), th.cat([data.next_observations, next_actions], 1)])
+    values = []
+    for c in range(2):
+        hidden = x.double()
+        for layer in [model.critic.q_networks.first, *model.critic.q_networks.rest]:
+            if isinstance(layer, EnsembleLinear):
+                hidden = (hidden - hidden.mean(0)) / (hidden.var(0, correction=0) + 1e-3).sqrt()
+                hidden = hidden @ layer.weight[c].detach().double() + layer.bias[c].detach().double()
+            else:
+                hidden = layer(hidden)
+        values.append(hidden.squeeze(1))
+    next_q = th.minimum(values[0][B:], values[1][B:])
+    target = 0.5 * data.rewards.squeeze(1) + (1 - data.dones.squeeze(1)) * 0.9 * next_q
+    loss = sum((q_values[:B] - target).square().mean().item() for q_values in values)
+    model.train(1)
+    assert logged(model)["critic_loss"] == pytest.approx(loss, rel=1e-4)
+
+
+def test_batch_norm_has_no_gradient_through_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(batch_norm=True)
+    data = batch()
+    q_values, next_q_values = model._q_values(data, data.actions)
+    assert q_values.requires_grad and not next_q_values.requires_grad
+    assert q_values.shape == next_q_values.shape == (2, B)
+
+
+def test_running_statistics_approach_those_of_the_batch() -> None:
+    """Folded into the layers they give what normalising the batch itself gives, once they have seen enough of it."""
+    critic = make_model(batch_norm=True).critic
+    obs, actions = 3 * th.randn(4096, 3) + 1, 2 * th.rand(4096, 1) - 1
+    with th.no_grad():
+        before = critic.q_values(critic.encode(obs), actions)
+        for _ in range(1000):
+            values = critic.normalise_batch(obs, actions)
+        after = critic.q_values(critic.encode(obs), actions)
+    assert (before - values).abs().max() > 0.1
+    th.testing.assert_close(after, values, rtol=1e-3, atol=2e-3)
+
+
+def test_acting_leaves_the_statistics_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(batch_norm=True)
+    give_batch(model, monkeypatch, batch())
+    before = [buffer.clone() for buffer in model.critic.buffers()]
+    model.predict(model.observation_space.sample())
+    data = batch()
+    model._score_matching_loss(model.actor.encode(data.observations), model.critic.encode(data.observations), data.actions)
+    assert all(map(th.equal, before, model.critic.buffers())) and before
+    model.train(1)
+    assert not any(map(th.equal, before, model.critic.buffers()))
+
+
+def test_batch_norm_with_dict_observations() -> None:
+    space = spaces.Dict({"a": spaces.Box(-1, 1, (2,), np.float32), "b": spaces.Box(-1, 1, (3,), np.float32)})
+    first, second = ({key: th.randn(4, *box.shape) for key, box in space.items()} for _ in range(2))  # type: ignore[misc]
+    joined = _concatenate(first, second)
+    assert isinstance(joined, dict) and joined.keys() == first.keys()
+    for key in first:
+        assert th.equal(joined[key], th.cat([first[key], second[key]]))

@@ -45,6 +45,15 @@ def load(config: str) -> dict[str, dict]:
     return yaml.safe_load((zoo.HYPERPARAMS / config).read_text(encoding="utf-8"))
 
 
+def arguments_of(entry: dict) -> dict:
+    """The entry's arguments of the constructor; ``policy_kwargs`` may be a string, which rl_zoo3 evaluates among its names."""
+    arguments = {key: entry[key] for key in entry.keys() - ZOO_KEYS}
+    if isinstance(arguments.get("policy_kwargs"), str):
+        names = dict(vars(importlib.import_module("rl_zoo3.exp_manager")))
+        arguments["policy_kwargs"] = eval(arguments["policy_kwargs"], names)
+    return arguments
+
+
 def run_module(*arguments: str, cwd: Path, expect: int = 0) -> str:
     """What ``python -m ...`` prints, in a folder that is not ours."""
     command, env = [sys.executable, "-m", *arguments], {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -101,16 +110,19 @@ def test_config_states_differences_only():
 @pytest.mark.parametrize("config", CONFIGS)
 def test_config_is_accepted_by_the_constructor(config):
     for entry in {str(entry): entry for entry in load(config).values()}.values():
-        SDAC(env="Pendulum-v1", **{key: entry[key] for key in entry.keys() - ZOO_KEYS})
+        SDAC(env="Pendulum-v1", **arguments_of(entry))
 
 
 @pytest.mark.parametrize("config, preset", [("sdac_paper.yml", PAPER_SDAC), ("dpmd_paper.yml", PAPER_DPMD)])
 def test_paper_config_is_the_paper_preset(config, preset):
     entries = load(config)
     for env_id in ["default", *MUJOCO]:
-        arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in entries[env_id].items()}
-        assert (arguments.pop("n_envs"), arguments.pop("n_timesteps"), arguments.pop("policy")) == (5, 1e6, "MlpPolicy")
+        assert {key: entries[env_id][key] for key in ZOO_KEYS} == {"n_envs": 5, "n_timesteps": 1e6}
+        arguments = arguments_of(entries[env_id])
+        assert arguments.pop("policy") == "MlpPolicy"
+        arguments["actor_lr_decay"] = tuple(arguments["actor_lr_decay"])
         assert DEFAULTS | arguments == DEFAULTS | preset, env_id
+        assert "policy_kwargs" in arguments and "mixed_precision" not in arguments
 
 
 # === Registration ===
@@ -150,8 +162,10 @@ def test_default_config(manager):
 
 
 def test_embedded_config_by_name(manager):
-    parameters, _ = manager(config="sdac_paper.yml").read_hyperparameters()
+    experiment = manager(config="sdac_paper.yml")
+    parameters, _ = experiment.read_hyperparameters()
     assert parameters == load("sdac_paper.yml")["Pendulum-v1"]
+    assert experiment._preprocess_hyperparams(parameters)[0]["policy_kwargs"] == PAPER_SDAC["policy_kwargs"]
 
 
 def test_own_config_comes_first(manager):

@@ -1,0 +1,179 @@
+"""
+Tables and pictures of a protocol's runs, from the rows that ``run.py`` left.
+
+    python benchmarks/report.py benchmarks/short.yml
+
+Writes ``<results>/<protocol>.md`` (scores per environment and seed, ratios to SAC) and ``<results>/<protocol>.png``: learning
+curves per environment, interquartile mean over all runs, return against wall-clock time, and the probability that SDAC beats
+each of the others (Agarwal et al. 2021, "Deep RL at the edge of the statistical precipice", with their library rliable).
+Bands are 95 % bootstrap intervals over seeds; with two seeds they say little, so every seed's score is in the table.
+"""
+
+import argparse
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import yaml
+from rliable import library, metrics
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).parent
+
+
+def read_results(folder: Path) -> pd.DataFrame:
+    """
+    :param folder: of the protocol's CSV files
+    :return: their rows, with the mean return of each evaluation
+    """
+    files = sorted(folder.glob("*.csv"))
+    if not files:
+        raise SystemExit(f"{folder} holds no results yet: run benchmarks/run.py first")
+    rows = pd.concat([pd.read_csv(file) for file in files], ignore_index=True)
+    rows["return"] = [np.mean([float(value) for value in returns.split()]) for returns in rows["returns"]]
+    return rows
+
+
+def scores(rows: pd.DataFrame, n_timesteps: int, last: int) -> pd.DataFrame:
+    """
+    :param rows: see :func:`read_results`
+    :param n_timesteps: environment steps of a finished run
+    :param last: evaluations that make the score
+    :return: one row per finished run: its score, best evaluation, updates and minutes
+    """
+    records = []
+    for (configuration, env, seed), run in rows.sort_values("env_steps").groupby(["configuration", "env", "seed"], sort=False):
+        if run["env_steps"].iloc[-1] >= n_timesteps:
+            records.append(
+                {
+                    "configuration": configuration,
+                    "env": env,
+                    "seed": seed,
+                    "score": run["return"].tail(last).mean(),
+                    "last": run["return"].iloc[-1],
+                    "best": run["return"].max(),
+                    "updates": run["updates"].iloc[-1],
+                    "minutes": run["wall_time"].iloc[-1] / 60,
+                }
+            )
+    return pd.DataFrame(records)
+
+
+def markdown(table: pd.DataFrame, order: list[str]) -> str:
+    """
+    :param table: see :func:`scores`
+    :param order: configurations in the order of the protocol
+    :return: one line per environment and configuration
+    """
+    lines = [
+        "| environment | configuration | score, mean | of each seed | ratio to SAC | last | best | updates | minutes |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for env, runs in table.groupby("env"):
+        means = runs.groupby("configuration")["score"].mean()
+        for configuration in [name for name in order if name in means]:
+            own = runs[runs["configuration"] == configuration].sort_values("seed")
+            ratio = f"{means[configuration] / means['SAC']:.2f}" if means.get("SAC", 0) > 0 else ""
+            seeds = ", ".join(f"{score:.0f}" for score in own["score"])
+            figures = [f"{own[column].mean():.0f}" for column in ("last", "best", "updates", "minutes")]
+            lines.append("| " + " | ".join([env, configuration, f"{means[configuration]:.0f}", seeds, ratio, *figures]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """
+    :param values: of each seed at each evaluation, shape (seeds, evaluations)
+    :return: mean, and lower and upper end of its bootstrap interval, each of shape (evaluations,)
+    """
+    picks = np.random.default_rng(0).integers(len(values), size=(2000, len(values)))
+    low, high = np.percentile(values[picks].mean(axis=1), [2.5, 97.5], axis=0)
+    return values.mean(axis=0), low, high
+
+
+def plot(rows: pd.DataFrame, table: pd.DataFrame, order: list[str], path: Path) -> None:
+    """
+    :param rows: see :func:`read_results`
+    :param table: see :func:`scores`
+    :param order: configurations in the order of the protocol
+    :param path: of the picture
+    """
+    envs = list(rows["env"].drop_duplicates())
+    figure, axes = plt.subplots(2, max(len(envs), 2), figsize=(4.2 * max(len(envs), 2), 7), squeeze=False)
+    colours = {name: f"C{i}" for i, name in enumerate(order)}
+    for column, env in enumerate(envs):
+        for name in order:
+            runs = rows[(rows["env"] == env) & (rows["configuration"] == name)]
+            if runs.empty:
+                continue
+            curves = runs.pivot_table(index="seed", columns="env_steps", values="return").dropna(axis=1)
+            mean, low, high = interval(curves.to_numpy())
+            axes[0, column].plot(curves.columns / 1000, mean, color=colours[name], label=f"{name} ({len(curves)})")
+            axes[0, column].fill_between(curves.columns / 1000, low, high, color=colours[name], alpha=0.2, linewidth=0)
+            minutes = runs.pivot_table(index="seed", columns="env_steps", values="wall_time")[curves.columns].mean() / 60
+            axes[1, column].plot(minutes, mean, color=colours[name])
+        axes[0, column].set(title=env, xlabel="environment steps, in thousands", ylabel="mean return of an evaluation")
+        axes[1, column].set(xlabel="minutes of training", ylabel="mean return of an evaluation")
+        axes[0, column].legend(fontsize=8, title="configuration (seeds)", title_fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def aggregate(table: pd.DataFrame, order: list[str]) -> str:
+    """
+    Over all environments: interquartile mean of scores normalised by SAC's, and probability of improvement.
+
+    :param table: see :func:`scores`
+    :param order: configurations in the order of the protocol
+    :return: a Markdown table, or nothing where no two configurations have the same seeds in every environment
+    """
+    reference = table[table["configuration"] == "SAC"].groupby("env")["score"].mean()
+    envs = [env for env in table["env"].drop_duplicates() if reference.get(env, 0) > 0]
+    matrices = {}
+    for name in order:
+        runs = table[(table["configuration"] == name) & table["env"].isin(envs)]
+        matrix = runs.pivot_table(index="seed", columns="env", values="score").reindex(columns=envs).dropna()
+        if len(matrix) and envs:
+            matrices[name] = (matrix / reference[envs]).to_numpy()  # (seeds, environments)
+    if "SDAC" not in matrices or len(matrices) < 2:
+        return ""
+    lines = ["| configuration | interquartile mean, SAC = 1 (95 % interval) | P(SDAC better) |", "| --- | --- | --- |"]
+    state = np.random.RandomState(0)
+    points, intervals = library.get_interval_estimates(
+        matrices, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=2000, random_state=state
+    )
+    for name, matrix in matrices.items():
+        low, high = intervals[name][:, 0]
+        better = "" if name == "SDAC" else f"{metrics.probability_of_improvement(matrices['SDAC'], matrix):.2f}"
+        lines.append(f"| {name} | {points[name][0]:.2f} ({low:.2f} to {high:.2f}) | {better} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Write the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("protocol", type=Path)
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    args = parser.parse_args()
+    protocol = yaml.safe_load(args.protocol.read_text())
+    rows = read_results(args.results / args.protocol.stem)
+    order = list(protocol["configurations"])
+    table = scores(rows, protocol["n_timesteps"], protocol["score_evaluations"])
+    text = (
+        f"Score: mean of the last {protocol['score_evaluations']} evaluations, {protocol['eval_episodes']} deterministic "
+        f"episodes each, after {protocol['n_timesteps']:,} environment steps. Last and best: a single evaluation, mean over seeds. "
+        f"Made by `python benchmarks/report.py {args.protocol}`.\n\n"
+    )
+    if not table.empty:
+        text += markdown(table, order) + "\n" + aggregate(table, order)
+    target = args.results / f"{args.protocol.stem}.md"
+    target.write_text(text)
+    plot(rows, table, order, target.with_suffix(".png"))
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""The training harness: runs of a protocol, interruption and resumption, results and report."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+PROTOCOL = {
+    "envs": ["Pendulum-v1"],
+    "seeds": [0],
+    "n_timesteps": 600,
+    "eval_freq": 200,
+    "eval_episodes": 2,
+    "score_evaluations": 2,
+    "common": {"policy": "MlpPolicy", "n_envs": 2, "learning_starts": 50, "batch_size": 16},
+    "configurations": {
+        "SDAC": {"algo": "sdac", "policy_kwargs": "dict(net_arch=[8])", "normalize": True},
+        "SAC": {"algo": "sac", "policy_kwargs": "dict(net_arch=[8])"},
+    },
+}
+
+pytestmark = pytest.mark.slow
+
+
+def run(script: str, folder: Path, *args: str, protocol: dict | None = None) -> subprocess.CompletedProcess[str]:
+    path = folder / "tiny.yml"
+    path.write_text(yaml.safe_dump(protocol or PROTOCOL, sort_keys=False))
+    command = [sys.executable, str(ROOT / "benchmarks" / script), str(path), "--results", str(folder / "results"), *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def train(folder: Path, *args: str, protocol: dict | None = None) -> subprocess.CompletedProcess[str]:
+    return run("run.py", folder, "--work", str(folder / "work"), *args, protocol=protocol)
+
+
+def rows(folder: Path, configuration: str) -> list[dict[str, str]]:
+    with (folder / "results" / "tiny" / f"{configuration}_Pendulum-v1_0.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_runs_resume_and_are_reported(tmp_path: Path) -> None:
+    """Stopped by its time budget and called again, a run ends with the rows of one that was never stopped."""
+    # A budget that the imports use up most of; repeated until all is done, each time from the last checkpoint
+    calls = 0
+    while calls < 40:
+        calls += 1
+        process = train(tmp_path, "--jobs", "2", "--minutes", "0.15", "--checkpoint-minutes", "0.01")
+        assert process.returncode == 0, process.stderr
+        if "2 of 2 runs are finished" in process.stdout:
+            break
+    assert calls > 1 and not list((tmp_path / "work" / "tiny").iterdir())
+    for configuration in ("SDAC", "SAC"):
+        table = rows(tmp_path, configuration)
+        assert [int(row["env_steps"]) for row in table] == [200, 400, 600]
+        assert [row["env"] for row in table] == ["Pendulum-v1"] * 3
+        assert all(len(row["returns"].split()) == 2 for row in table)
+        assert int(table[-1]["updates"]) >= 250 and len({row["config"] for row in table}) == 1
+
+    process = run("report.py", tmp_path)
+    assert process.returncode == 0, process.stderr
+    score = sum(float(value) for row in rows(tmp_path, "SDAC")[-2:] for value in row["returns"].split()) / 4
+    assert f"| Pendulum-v1 | SDAC | {score:.0f} | {score:.0f} |" in (tmp_path / "results" / "tiny.md").read_text()
+    assert (tmp_path / "results" / "tiny.png").stat().st_size > 10_000
+
+    # Other hyperparameters under the same name are refused, and what is there stays
+    changed = {**PROTOCOL, "common": {**PROTOCOL["common"], "batch_size": 17}}  # type: ignore[dict-item]
+    process = train(tmp_path, protocol=changed)
+    assert process.returncode != 0 and "other hyperparameters" in process.stderr
+    assert len(rows(tmp_path, "SDAC")) == 3
+
+
+def test_a_failed_run_is_reported_and_tried_again(tmp_path: Path) -> None:
+    """The others go on; the exit status says that something failed."""
+    broken = {**PROTOCOL, "configurations": {"SDAC": {"algo": "sdac", "tau": 7}, "SAC": PROTOCOL["configurations"]["SAC"]}}  # type: ignore[index]
+    process = train(tmp_path, "--jobs", "1", protocol=broken)
+    assert process.returncode == 1
+    assert process.stdout.count("tau must be a number between 0 and 1, got 7") == 2
+    assert "SAC, Pendulum-v1, seed 0: finished" in process.stdout
+
+
+def test_unknown_names_are_refused(tmp_path: Path) -> None:
+    process = train(tmp_path, "--envs", "Ant-v5")
+    assert process.returncode == 2 and "['Ant-v5'] not in" in process.stderr
+    assert run("report.py", tmp_path).returncode == 1
