@@ -1,4 +1,4 @@
-"""Train on Pendulum-v1, save, load, evaluate. Takes a few minutes on a laptop; expect about -150 +/- 80."""
+"""Train on Pendulum-v1, save, load, evaluate. Takes a minute or two on a laptop; expect about -150 +/- 80."""
 
 import gymnasium as gym
 from stable_baselines3.common.evaluation import evaluate_policy

@@ -427,7 +427,8 @@ class DiffusionPolicy(BasePolicy):
         kwargs = self.optimizer_kwargs
         if self.optimizer_class is th.optim.Adam:
             # Targets that move at once call for less momentum (CrossQ)
-            kwargs = {"fused": True, **({"betas": (0.5, 0.999)} if self.batch_norm else {}), **kwargs}
+            own: dict[str, Any] = {} if kwargs.get("foreach") or kwargs.get("differentiable") else {"fused": True}
+            kwargs = {**own, **({"betas": (0.5, 0.999)} if self.batch_norm else {}), **kwargs}
         return self.optimizer_class(parameters, lr=lr_schedule(1), **kwargs)  # type: ignore[call-arg]
 
     def _get_constructor_parameters(self) -> dict[str, Any]:

@@ -910,7 +910,9 @@ def _has_bfloat16(device: th.device) -> bool:
         return th.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
         return False
-    return th.cpu._is_avx512_bf16_supported() or th.cpu._is_amx_tile_supported()
+    # Not public, so they may go
+    probes = [getattr(th.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+    return any(probe is not None and probe() for probe in probes)
 
 
 def _check_device(device: th.device | str) -> None:

@@ -418,9 +418,10 @@ def test_optimizers(share: bool) -> None:
         ({}, True),
         ({"optimizer_kwargs": {"betas": (0.7, 0.99), "eps": 1e-6}}, True),
         ({"optimizer_kwargs": {"fused": False}}, False),
+        ({"optimizer_kwargs": {"foreach": True}}, None),
         ({"optimizer_class": th.optim.AdamW}, None),
     ],
-    ids=["default", "other arguments", "not fused", "AdamW"],
+    ids=["default", "other arguments", "not fused", "foreach", "AdamW"],
 )
 def test_adam_is_fused(kwargs: dict[str, Any], fused: bool | None) -> None:
     """Unless the user says otherwise; what the user gave is what is saved."""
