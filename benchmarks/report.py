@@ -164,8 +164,8 @@ def main() -> None:
     table = scores(rows, protocol["n_timesteps"], protocol["score_evaluations"])
     text = (
         f"Score: mean of the last {protocol['score_evaluations']} evaluations, {protocol['eval_episodes']} deterministic "
-        f"episodes each, after {protocol['n_timesteps']:,} environment steps. Last and best: a single evaluation, mean over seeds. "
-        f"Made by `python benchmarks/report.py {args.protocol}`.\n\n"
+        f"episodes each, after {protocol['n_timesteps']:,} environment steps. "
+        f"Last and best: a single evaluation, mean over seeds. Made by `python benchmarks/report.py {args.protocol}`.\n\n"
     )
     if not table.empty:
         text += markdown(table, order) + "\n" + aggregate(table, order)
