@@ -6,7 +6,7 @@ Training runs of a protocol: configurations x environments x seeds, through rl_z
     python benchmarks/run.py benchmarks/short.yml --ray auto                         # the same on a Ray cluster
 
 A run leaves one row per evaluation in ``<results>/<protocol>/<configuration>_<env>_<seed>.csv`` at once, and a checkpoint
-(model, replay buffer, counters, normalisation) in ``<work>`` every ``--checkpoint-minutes`` and when ``--minutes`` are over.
+(:mod:`sb3_sdac.checkpoint`) in ``<work>`` every ``--checkpoint-minutes`` and when ``--minutes`` are over.
 Called again, it goes on from there: finished runs are left alone, rows after the checkpoint are made anew, and only
 the episodes under way at the interruption are lost. A run that fails is reported and tried once more at the end.
 On a cluster ``<results>`` and ``<work>`` must be on a file system that all machines share.
@@ -149,6 +149,7 @@ def train(run: Run, deadline: float, checkpoint_seconds: float, device: str) -> 
     from stable_baselines3.common.vec_env import VecNormalize, sync_envs_normalization
 
     from sb3_sdac import zoo
+    from sb3_sdac.checkpoint import load_checkpoint, save_checkpoint
 
     zoo.add_algorithm(rl_zoo3.utils)
 
@@ -175,17 +176,13 @@ def train(run: Run, deadline: float, checkpoint_seconds: float, device: str) -> 
         eval_env = manager.create_envs(run.eval_episodes, eval_env=True)  # side by side, one episode each
     eval_env.seed(1_000_000 + run.seed)
 
-    latest = run.checkpoint / "latest"
-    _finish_swap(latest)
+    checkpoint, counters = run.checkpoint / "checkpoint.zip", run.checkpoint / "wall_time.json"
     wall_time = 0.0
-    if latest.exists():
-        counters = json.loads((latest / "counters.json").read_text())
-        wall_time = counters["wall_time"]
+    if checkpoint.exists():
         env = model.get_env()
-        if isinstance(env, VecNormalize):
-            env = VecNormalize.load(str(latest / "vecnormalize.pkl"), env.venv)
-        model = type(model).load(latest / "model", env=env, device=device)
-        model.load_replay_buffer(latest / "replay_buffer")
+        model = load_checkpoint(checkpoint, env, type(model), device)
+        # Saved just before; a kill between the two makes the wall time wrong by no more than one checkpoint's interval
+        wall_time = json.loads(counters.read_text())
     # Rows after the checkpoint are made anew
     rows: list[dict[str, Any]] = [row for row in run.read_rows() if int(row["env_steps"]) <= model.num_timesteps]
 
@@ -230,19 +227,9 @@ def train(run: Run, deadline: float, checkpoint_seconds: float, device: str) -> 
             self.resumed_at = time.time()
 
         def save(self) -> None:
-            now = time.time()
-            self.wall_time += now - self.resumed_at
-            new = run.checkpoint / "new"
-            shutil.rmtree(new, ignore_errors=True)
-            new.mkdir()
-            self.model.save(new / "model")
-            self.model.save_replay_buffer(new / "replay_buffer")  # type: ignore[attr-defined]
-            env = self.model.get_env()
-            if isinstance(env, VecNormalize):
-                env.save(str(new / "vecnormalize.pkl"))
-            (new / "counters.json").write_text(json.dumps({"wall_time": self.wall_time}))
-            new.rename(run.checkpoint / "complete")
-            _finish_swap(latest)
+            self.wall_time += time.time() - self.resumed_at
+            counters.write_text(json.dumps(self.wall_time))
+            save_checkpoint(model, checkpoint)
             self.resumed_at = self.saved_at = time.time()
 
     keeper = Keeper()
@@ -254,14 +241,6 @@ def train(run: Run, deadline: float, checkpoint_seconds: float, device: str) -> 
         return "finished"
     keeper.save()
     return f"stopped at {model.num_timesteps} of {run.n_timesteps} steps, to be continued"
-
-
-def _finish_swap(latest: Path) -> None:
-    """Put a complete checkpoint in the place of the latest; done again after a kill in the middle, it ends the same."""
-    complete = latest.with_name("complete")
-    if complete.exists():
-        shutil.rmtree(latest, ignore_errors=True)
-        complete.rename(latest)
 
 
 def attempt(run: Run, *args: Any) -> tuple[Run, str, bool]:
