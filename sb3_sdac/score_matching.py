@@ -146,23 +146,20 @@ def gradient_noise(
     return gradients * (-diffusion.noise_to_signal[t].unsqueeze(2) / temperature)
 
 
-def combined_noise(noise: th.Tensor, gradient_noise: th.Tensor, weights: th.Tensor) -> th.Tensor:
+def gradient_share(diffusion: GaussianDiffusion, t: th.Tensor, crossover: float = 0.5) -> th.Tensor:
     """
-    Both estimates of E[noise | x_t], each with a share inversely proportional to the variance of what it averages.
+    How much of the target comes from :func:`gradient_noise`: 1 / (1 + (sigma_t / crossover)^2).
 
-    The variances are those among the K candidates, summed over A: near noise level 0 the gradient's is small and
-    the estimate follows Q's gradient; where the noise is wider than Q's modes the gradients scatter and the weighted
-    noises take over. There is nothing to tune, and the scales of Q and of the box cancel.
+    Near 1 where the noise is low and Q's gradient tells most, near 0 where the noise is high and the candidates cover
+    the box. Shares by inverse variance have the smaller error for a single mode inside the box, but the weighted noises of
+    few candidates are biased, too, and on frozen critics of MuJoCo the actor gained half as much (``benchmarks/README.md``).
 
-    :param noise: the candidates' noises, shape (B, K, A)
-    :param gradient_noise: from :func:`gradient_noise`, shape (B, K, A)
-    :param weights: weights that sum to one over K, shape (B, K)
-    :return: shape (B, A)
+    :param diffusion: the forward process
+    :param t: diffusion steps, shape (B, 1)
+    :param crossover: the sigma_t at which both targets have half the weight
+    :return: shape (B, 1), in (0, 1)
     """
-    variance, gradient_variance = (x.var(dim=1).sum(dim=-1).unsqueeze(1) for x in (noise, gradient_noise))  # (B, 1)
-    # Both are 0 where all candidates are one point: far outside the box
-    share = variance / (variance + gradient_variance).clamp(min=th.finfo(variance.dtype).tiny)
-    return expected_noise(noise, weights).lerp(expected_noise(gradient_noise, weights), share)
+    return 1 / (1 + (diffusion.noise_to_signal[t] / crossover).square())
 
 
 def mirror_descent_weights(

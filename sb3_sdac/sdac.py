@@ -205,7 +205,7 @@ class SDAC(OffPolicyAlgorithm):
         proposal: str = "truncated_normal",
         anchor: str = "next",
         ent_coef: float | str = "auto",
-        target_ess: float = 0.3,
+        target_ess: float = 0.2,
         exploration_noise: float = 0.1,
         scale_noise_by_ent_coef: bool = False,
         clip_target_actions: bool = True,
@@ -525,8 +525,10 @@ class SDAC(OffPolicyAlgorithm):
         if gradients is None:  # reverse sampling alone
             # (B, A) -> (B, 1, A): one prediction for all K noises
             return sm.denoising_loss(predicted_noise.unsqueeze(1), noises, weights.unsqueeze(2)), reverse_ess
-        assisted = sm.gradient_noise(self.actor.diffusion, t, gradients, temperature)
-        return sm.denoising_loss(predicted_noise, sm.combined_noise(noises, assisted, weights)), reverse_ess
+        gradient_noises = sm.gradient_noise(self.actor.diffusion, t, gradients, temperature)
+        # Both are estimates of E[noise | x_t]; (B, K, A) -> (B, A)
+        noises = noises.lerp(gradient_noises, sm.gradient_share(self.actor.diffusion, t).unsqueeze(2))
+        return sm.denoising_loss(predicted_noise, sm.expected_noise(noises, weights)), reverse_ess
 
     def _q_values_and_gradients(self, encoded_critic: th.Tensor, x_0: th.Tensor) -> tuple[th.Tensor, th.Tensor | None]:
         """

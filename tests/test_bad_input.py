@@ -25,7 +25,7 @@ SMALL: dict[str, Any] = {
     "n_diffusion_steps": 5,
     "n_sampling_steps": 2,
     "n_particles": 2,
-    "n_reverse_samples": 4,
+    "n_reverse_samples": 8,
     "batch_size": 8,
     "buffer_size": 100,
     "learning_starts": 10,
@@ -112,7 +112,7 @@ def test_reverse_samples(value: Any) -> None:
 
 
 def test_numpy_integers_are_integers() -> None:
-    integers: dict[str, Any] = {"n_particles": np.int64(3), "n_reverse_samples": np.int32(4), "train_freq": np.int64(1)}
+    integers: dict[str, Any] = {"n_particles": np.int64(3), "n_reverse_samples": np.int32(8), "train_freq": np.int64(1)}
     assert make_model(**integers, gradient_steps=np.int64(1)).learn(12)._n_updates == 2
 
 
@@ -132,8 +132,8 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], tuple[Any, ...]]] = [
     ({"ent_coef": "auto", "score_matching": "mirror_descent"}, ("ent_coef='auto'", "mirror_descent", "number", "'paper'")),
     ({"ent_coef": "paper", "exploration_noise": 0}, ("ent_coef='paper'", "exploration_noise", "positive")),
     *[
-        ({"target_ess": value}, ("target_ess", f"got {value!r}", "between 0.25 and 1"))
-        for value in (0.2, 1.0, 4, np.nan, "0.3")
+        ({"target_ess": value}, ("target_ess", f"got {value!r}", "between 0.125 and 1"))
+        for value in (0.125, 0.1, 1.0, 4, np.nan, "0.3")
     ],
     *[
         ({name: value}, (name, f"got {value!r}", "positive"))

@@ -16,7 +16,7 @@ SMALL: dict[str, Any] = {
     "n_diffusion_steps": 5,
     "n_sampling_steps": 2,
     "n_particles": 2,
-    "n_reverse_samples": 4,
+    "n_reverse_samples": 8,
     "batch_size": 8,
     "buffer_size": 100,
     "learning_starts": 20,

@@ -29,7 +29,7 @@ def make_model(**kwargs: Any) -> SDAC:
         "n_diffusion_steps": 5,
         "n_sampling_steps": 2,
         "n_particles": 2,
-        "n_reverse_samples": 4,
+        "n_reverse_samples": 8,
         "buffer_size": 100,
         "seed": 0,
         "mixed_precision": False,
@@ -400,7 +400,7 @@ def test_metrics_are_means_since_the_last_log(monkeypatch: pytest.MonkeyPatch) -
 )
 def test_an_update_reads_nothing_back(kwargs: dict[str, Any], mixed_precision: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU every number that Python asks for waits until all is computed; train() asks for none, from batch to log."""
-    small = {"n_diffusion_steps": 5, "n_sampling_steps": 2, "n_particles": 2, "n_reverse_samples": 4, "learning_starts": 20}
+    small = {"n_diffusion_steps": 5, "n_sampling_steps": 2, "n_particles": 2, "n_reverse_samples": 8, "learning_starts": 20}
     model = make_model(**{**kwargs, **small, "mixed_precision": mixed_precision})
     model.learn(20)  # fills the replay buffer
     conversions = ["float", "int", "bool", "index", "array"]
