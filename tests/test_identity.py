@@ -32,7 +32,8 @@ def test_identity(kwargs: dict[str, Any]) -> None:
     env = IdentityEnvBox(eps=0.5)
     env.action_space.seed(0)
     model = SDAC("MlpPolicy", env, **{"gamma": 0.95, "reward_scale": 1.0, "n_particles": 1, **SMALL, **kwargs})
-    model.learn(600)
+    # The gradient concentrates the policy early, so it takes 500 actor updates until it is right everywhere; 200 do not do
+    model.learn(1500 if kwargs["score_matching"] == "gradient_assisted" else 600)
     evaluate_policy(model, env, n_eval_episodes=20, reward_threshold=90, warn=False)
 
 
