@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PROTOCOL = {
     "envs": ["Pendulum-v1"],
     "seeds": [0],
-    "n_timesteps": 600,
+    "n_timesteps": 400,
     "eval_freq": 200,
     "eval_episodes": 2,
     "score_evaluations": 2,
@@ -48,17 +48,17 @@ def test_runs_resume_and_are_reported(tmp_path: Path) -> None:
     calls = 0
     while calls < 40:
         calls += 1
-        process = train(tmp_path, "--jobs", "2", "--minutes", "0.15", "--checkpoint-minutes", "0.01")
+        process = train(tmp_path, "--jobs", "2", "--minutes", "0.2", "--checkpoint-minutes", "0.01")
         assert process.returncode == 0, process.stderr
         if "2 of 2 runs are finished" in process.stdout:
             break
     assert calls > 1 and not list((tmp_path / "work" / "tiny").iterdir())
     for configuration in ("SDAC", "SAC"):
         table = rows(tmp_path, configuration)
-        assert [int(row["env_steps"]) for row in table] == [200, 400, 600]
-        assert [row["env"] for row in table] == ["Pendulum-v1"] * 3
+        assert [int(row["env_steps"]) for row in table] == [200, 400]
+        assert [row["env"] for row in table] == ["Pendulum-v1"] * 2
         assert all(len(row["returns"].split()) == 2 for row in table)
-        assert int(table[-1]["updates"]) >= 250 and len({row["config"] for row in table}) == 1
+        assert int(table[-1]["updates"]) >= 150 and len({row["config"] for row in table}) == 1
 
     process = run("report.py", tmp_path)
     assert process.returncode == 0, process.stderr
@@ -70,7 +70,7 @@ def test_runs_resume_and_are_reported(tmp_path: Path) -> None:
     changed = {**PROTOCOL, "common": {**PROTOCOL["common"], "batch_size": 17}}  # type: ignore[dict-item]
     process = train(tmp_path, protocol=changed)
     assert process.returncode != 0 and "other hyperparameters" in process.stderr
-    assert len(rows(tmp_path, "SDAC")) == 3
+    assert len(rows(tmp_path, "SDAC")) == 2
 
 
 def test_a_failed_run_is_reported_and_tried_again(tmp_path: Path) -> None:

@@ -242,7 +242,7 @@ def test_sigkill_at_random_moments(tmp_path: Path) -> None:
             steps, stored = map(int, process.stdout.readline().removeprefix("at ").split())
             assert steps == stored >= max(reached, 0)  # nothing lost that was in a checkpoint, and nothing twice
             reached = steps
-            time.sleep(0.3 + moments.random())
+            time.sleep(0.1 + 0.5 * moments.random())
             process.send_signal(signal.SIGKILL)
         while_saving += path.with_name("checkpoint.zip.new").exists()
     assert reached > 20 and while_saving > 0
