@@ -184,18 +184,25 @@ class EnsembleLinear(nn.Module):
         """
         if self.norm is None:
             return self.weight, self.bias
-        assert self.norm.running_mean is not None and self.norm.running_var is not None
-        scale = self.norm.weight * (self.norm.running_var + self.norm.eps).rsqrt()
-        shift = self.norm.bias - self.norm.running_mean * scale
+        scale, shift = self._scale_and_shift(self.norm)
+        return scale.mT * self.weight, th.baddbmm(self.bias, shift, self.weight)
+
+    def _scale_and_shift(self, norm: nn.BatchNorm1d) -> tuple[th.Tensor, th.Tensor]:
+        """:return: what the running statistics multiply the inputs with and add to them, each of shape (C, 1, in)"""
+        assert norm.running_mean is not None and norm.running_var is not None
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        shift = norm.bias - norm.running_mean * scale
         n_members, in_features, _ = self.weight.shape
-        bias = th.baddbmm(self.bias, shift.view(n_members, 1, in_features), self.weight)
-        return scale.view(n_members, in_features, 1) * self.weight, bias
+        return scale.view(n_members, 1, in_features), shift.view(n_members, 1, in_features)
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         """
         :param x: shape (C, M, in)
         :return: shape (C, M, out)
         """
+        if self.norm is not None and x.shape[1] < self.weight.shape[-1]:  # few inputs, as in acting: less work than folding
+            scale, shift = self._scale_and_shift(self.norm)
+            return _ensemble_linear(th.addcmul(shift, x, scale.to(x.dtype)), self.weight, self.bias)
         return _ensemble_linear(x, *self.folded())
 
     def normalise_batch(self, x: th.Tensor) -> th.Tensor:

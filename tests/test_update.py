@@ -506,3 +506,15 @@ def test_batch_norm_with_dict_observations() -> None:
     assert isinstance(joined, dict) and joined.keys() == first.keys()
     for key in first:
         assert th.equal(joined[key], th.cat([first[key], second[key]]))
+
+
+def test_few_rows_are_normalised_like_many() -> None:
+    """Layers scale their inputs where these are fewer than the weights, and else their weights; the values are the same."""
+    critic = make_model(batch_norm=True).critic
+    obs, actions = 3 * th.randn(64, 3) + 1, 2 * th.rand(64, 1) - 1
+    with th.no_grad():
+        for _ in range(50):
+            critic.normalise_batch(obs, actions)
+        many = critic.q_values(critic.encode(obs), actions)
+        few = th.cat([critic.q_values(critic.encode(obs[i : i + 2]), actions[i : i + 2]) for i in range(0, 64, 2)], dim=1)
+    th.testing.assert_close(few, many, rtol=1e-4, atol=1e-5)
