@@ -3,9 +3,9 @@ Tables and pictures of a protocol's runs, from the rows that ``run.py`` left.
 
     python benchmarks/report.py benchmarks/short.yml
 
-Writes ``<results>/<protocol>.md`` (scores per environment and seed, ratios to SAC) and ``<results>/<protocol>.png``: learning
-curves per environment, interquartile mean over all runs, return against wall-clock time, and the probability that SDAC beats
-each of the others (Agarwal et al. 2021, "Deep RL at the edge of the statistical precipice", with their library rliable).
+Writes ``<results>/<protocol>.md``: scores per environment and seed, ratios to SAC, and over all environments the interquartile
+mean and the probability that SDAC beats each of the others (Agarwal et al. 2021, "Deep RL at the edge of the statistical
+precipice", with their library rliable). And ``<results>/<protocol>.png``: learning curves, against steps and wall-clock time.
 Bands are 95 % bootstrap intervals over seeds; with two seeds they say little, so every seed's score is in the table.
 """
 
@@ -93,10 +93,9 @@ def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return values.mean(axis=0), low, high
 
 
-def plot(rows: pd.DataFrame, table: pd.DataFrame, order: list[str], path: Path) -> None:
+def plot(rows: pd.DataFrame, order: list[str], path: Path) -> None:
     """
     :param rows: see :func:`read_results`
-    :param table: see :func:`scores`
     :param order: configurations in the order of the protocol
     :param path: of the picture
     """
@@ -171,7 +170,7 @@ def main() -> None:
         text += markdown(table, order) + "\n" + aggregate(table, order)
     target = args.results / f"{args.protocol.stem}.md"
     target.write_text(text)
-    plot(rows, table, order, target.with_suffix(".png"))
+    plot(rows, order, target.with_suffix(".png"))
     print(text)
 
 

@@ -284,10 +284,9 @@ def main() -> int:
     backend: Any = contextlib.nullcontext()
     if args.ray is not None:
         backend = ray_backend(args.ray)
-    failed = 0
-    for last_try in (False, True):
-        again = []
-        with backend:
+    with backend:  # entered once: it holds for the second try, too
+        for last_try in (False, True):
+            again = []
             parallel = joblib.Parallel(
                 n_jobs=args.jobs, batch_size=1, return_as="generator_unordered" if not args.ray else "list"
             )
@@ -295,11 +294,11 @@ def main() -> int:
             for run, outcome, has_failed in parallel(jobs):
                 print(f"{run.name}: {outcome}", flush=True)
                 again += [run] * has_failed
-        failed, todo = len(again), again
-        if not again or last_try:
-            break
-        print(f"{failed} runs failed, once more")
-    return 1 if failed else 0
+            if not again or last_try:
+                break
+            print(f"{len(again)} runs failed, once more")
+            todo = again
+    return 1 if again else 0
 
 
 def ray_backend(address: str) -> Any:
