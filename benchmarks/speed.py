@@ -4,18 +4,26 @@ What an update, a prediction and learning cost: SDAC's default and the paper's c
     python benchmarks/speed.py --env HalfCheetah-v5            # the table
     python benchmarks/speed.py --env HalfCheetah-v5 --sweep    # how SDAC's cost grows
 
+    python benchmarks/speed.py --env HalfCheetah-v5 --device cuda --turns 3    # on a GPU, in a few minutes
+
 All algorithms have 3x256 networks (CrossQ its own, too) and take turns in one process on one thread, so that whatever
 else the machine does meets them alike; the table holds medians, and ratios to SAC of the same turn. Learning is
-with 5 environments and one update per step of all five. Writes ``benchmarks/results/speed_<env>_<device>.json`` and
-its Markdown table beside it, or with ``--sweep`` ``sweep_<env>_<device>.png``: update time against N, K, sampling steps and
-batch size, with the floor that the matrix products' arithmetic sets at the rate of a single large one.
+with 5 environments and one update per step of all five. The first update's time and the peak memory are those of a process
+of its own, which makes a model and one update: with ``compile=True`` once without and once with what the compiler keeps
+on disk. Writes ``benchmarks/results/speed_<env>_<device>.json`` and its Markdown table beside it, or with ``--sweep``
+``sweep_<env>_<device>.png``: update time against N, K, T, sampling steps, batch size, action dimension, and time per step
+against the number of environments, with the floor that the matrix products' arithmetic sets at the rate of a single large one.
 """
 
 import argparse
 import json
 import os
 import platform
+import resource
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -43,9 +51,10 @@ ALGORITHMS: dict[str, Callable[..., OffPolicyAlgorithm]] = {
     "CrossQ": lambda env, **kwargs: CrossQ("MlpPolicy", env, policy_kwargs=NETS, **kwargs),
     "CrossQ (its nets)": lambda env, **kwargs: CrossQ("MlpPolicy", env, **kwargs),
     "SDAC": lambda env, **kwargs: SDAC("MlpPolicy", env, **kwargs),
+    "SDAC (compiled)": lambda env, **kwargs: SDAC("MlpPolicy", env, compile=True, **kwargs),
     "SDAC (paper)": lambda env, **kwargs: SDAC("MlpPolicy", env, **{**PAPER_SDAC, **kwargs}),
+    "SDAC (paper, compiled)": lambda env, **kwargs: SDAC("MlpPolicy", env, **{**PAPER_SDAC, **kwargs}, compile=True),
 }
-
 
 FIGURES = {
     "update": "update",
@@ -59,8 +68,31 @@ SWEEPS: dict[str, list[int]] = {
     "n_target_particles": [1, 2, 4, 8, 16, 32],
     "n_reverse_samples": [8, 16, 32, 64],  # target_ess must exceed 1 / K
     "n_sampling_steps": [1, 5, 10, 15, 20],
+    "n_diffusion_steps": [5, 20, 50, 100],
     "batch_size": [64, 128, 256, 512, 1024],
+    "action_dim": [1, 6, 17, 38],
+    "n_envs": [1, 2, 5, 10, 20],
 }
+
+
+class AnySize(gym.Env[np.ndarray, np.ndarray]):
+    """
+    Costs nothing, and has as many dimensions as wanted.
+
+    :param action_dim: A
+    """
+
+    def __init__(self, action_dim: int):
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (17,))
+        self.action_space = gym.spaces.Box(-1, 1, (action_dim,))
+
+    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        """:return: zeros"""
+        return np.zeros(17, np.float32), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """:return: zeros, without end"""
+        return np.zeros(17, np.float32), 0.0, False, False, {}
 
 
 def make_model(name: str, env_id: str, device: str) -> OffPolicyAlgorithm:
@@ -97,6 +129,43 @@ def seconds(function: Callable[[], Any], repeats: int, device: str) -> float:
     return (time.perf_counter() - start) / repeats
 
 
+def first_update(name: str, env_id: str, device: str, threads: int) -> None:
+    """Print the seconds from the model to the end of its first update, and the peak memory in MiB."""
+    th.set_num_threads(threads)
+    start = time.perf_counter()
+    model = make_model(name, env_id, device)
+    model.train(1, 256)
+    duration = time.perf_counter() - start
+    model.train(1 if device == "cpu" else 10, 256)
+    peak = (
+        th.cuda.max_memory_reserved() / 2**20
+        if device == "cuda"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    )
+    print(duration, peak)
+
+
+def measure_first_update(env_id: str, device: str, threads: int) -> dict[str, dict[str, float]]:
+    """For each algorithm, in processes of their own: seconds to the first update (cold and warm compiler) and MiB."""
+    results = {}
+    for name in ALGORITHMS:
+        with tempfile.TemporaryDirectory() as cache:
+            code = f"from speed import first_update; first_update({name!r}, {env_id!r}, {device!r}, {threads})"
+            runs = []
+            for _ in range(2):
+                out = subprocess.run(
+                    [sys.executable, "-W", "ignore", "-c", code],
+                    cwd=Path(__file__).parent,
+                    env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache},
+                    check=True,
+                    capture_output=True,
+                    text=True,
+                ).stdout
+                runs.append([float(number) for number in out.split()[-2:]])
+        results[name] = {"first_update_cold": runs[0][0], "first_update_warm": runs[1][0], "peak_memory_MiB": runs[1][1]}
+    return results
+
+
 def measure(env_id: str, device: str, turns: int, updates: int) -> dict[str, dict[str, list[float]]]:
     """For each algorithm the seconds of each turn, per update and per deterministic prediction of 1 and of 64 observations."""
     models = {name: make_model(name, env_id, device) for name in ALGORITHMS}
@@ -106,7 +175,7 @@ def measure(env_id: str, device: str, turns: int, updates: int) -> dict[str, dic
         for name, model in models.items():
             single = model.observation_space.sample()
             batch = np.stack([single] * 64)
-            n_updates = max(updates // 10, 2) if name == "SDAC (paper)" else updates
+            n_updates = max(updates // 10, 2) if "paper" in name and device == "cpu" else updates
             figures = {
                 "update": seconds(lambda m=model, n=n_updates: m.train(n, 256), 1, device) / n_updates,  # type: ignore[misc]
                 "predict_1": seconds(lambda m=model, o=single: m.predict(o, deterministic=True), 20, device),  # type: ignore[misc]
@@ -120,9 +189,10 @@ def measure(env_id: str, device: str, turns: int, updates: int) -> dict[str, dic
     return results
 
 
-def table(results: dict[str, dict[str, list[float]]]) -> str:
+def table(results: dict[str, dict[str, list[float]]], first: dict[str, dict[str, float]]) -> str:
     """Medians in milliseconds, and in brackets the median of the turns' ratios to SAC, as Markdown."""
-    lines = ["| | " + " | ".join(FIGURES.values()) + " |", "| --- |" + " --- |" * len(FIGURES)]
+    heads = [*FIGURES.values(), "to the first update, cold / warm", "peak memory"]
+    lines = ["| | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
     for name, figures in results.items():
         cells = []
         for key, values in figures.items():
@@ -131,6 +201,8 @@ def table(results: dict[str, dict[str, list[float]]]) -> str:
                 cells.append(f"{1 / statistics.median(values):.3g} ({1 / statistics.median(ratios):.2f})")
             else:
                 cells.append(f"{1e3 * statistics.median(values):.3g} ms ({statistics.median(ratios):.1f})")
+        own = first[name]
+        cells += [f"{own['first_update_cold']:.1f} / {own['first_update_warm']:.1f} s", f"{own['peak_memory_MiB']:.0f} MiB"]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -151,31 +223,43 @@ def sweep(env_id: str, device: str, turns: int, path: Path) -> None:
 
     left, right = th.randn(4096, 256, device=device), th.randn(256, 256, device=device)
     rate = 2 * left.numel() * 256 / min(seconds(lambda: left @ right, 20, device) for _ in range(10))
-    figure, axes = plt.subplots(1, len(SWEEPS), figsize=(3.4 * len(SWEEPS), 3.2), sharey=True)
-    for ax, (argument, values) in zip(axes, SWEEPS.items(), strict=True):
-        times, floors = [], []
-        for value in values:
-            kwargs = {} if argument == "batch_size" else {argument: value}
-            batch_size = value if argument == "batch_size" else 256
-            model = SDAC("MlpPolicy", env_id, buffer_size=2000, seed=0, device=device, **kwargs)  # type: ignore[arg-type]
-            fill(model)
-            n_updates = 2 * model.policy_delay
-            # Warms up, too. torch's FlopCounterMode does not survive gradients with respect to inputs of a module
-            with profile(activities=[ProfilerActivity.CPU], record_shapes=True, with_flops=True) as profiler:
-                model.train(n_updates, batch_size)
-            flops = sum(event.flops for event in profiler.key_averages() if event.key in MATRIX_PRODUCTS)
-            floors.append(flops / n_updates / rate * 1e3)
-            train = partial(model.train, n_updates, batch_size)
-            update = [seconds(train, 1, device) for _ in range(turns)]
-            times.append(statistics.median(update) / n_updates * 1e3)
-            print(f"{argument} {value}: {times[-1]:.1f} ms, arithmetic {floors[-1]:.1f} ms", flush=True)
+    figure, axes = plt.subplots(2, (len(SWEEPS) + 1) // 2, figsize=(13, 6), squeeze=False)
+    for ax, (argument, values) in zip(axes.flat, SWEEPS.items(), strict=False):
+        points = [sweep_point(argument, value, env_id, device, turns, rate) for value in values]
+        times, floors = zip(*points, strict=True)
         ax.plot(values, times, "o-", label="measured")
         ax.plot(values, floors, "s--", label=f"arithmetic at {rate / 1e9:.0f} GFLOP/s")
         ax.set(xlabel=argument, ylim=(0, None))
-    axes[0].set_ylabel("ms per update")
-    axes[0].legend()
+        ax.set_ylabel("ms per step of all environments" if argument == "n_envs" else "ms per update")
+    axes.flat[0].legend()
+    axes.flat[-1].set_visible(len(SWEEPS) % 2 == 0)
     figure.tight_layout()
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=60)
+
+
+def sweep_point(argument: str, value: int, env_id: str, device: str, turns: int, rate: float) -> tuple[float, float]:
+    """:return: milliseconds of an update (with ``n_envs``: and a step), measured, and of its arithmetic at this rate"""
+    own = {} if argument in ("batch_size", "action_dim", "n_envs") else {argument: value}
+    batch_size = value if argument == "batch_size" else 256
+    env: Any = AnySize(value) if argument == "action_dim" else env_id
+    if argument == "n_envs":
+        env = make_vec_env(env_id, n_envs=value, seed=0)
+        model = SDAC("MlpPolicy", env, buffer_size=20_000, learning_starts=0, seed=0, device=device).learn(value)
+        n_updates = 2 * model.policy_delay
+        work = partial(model.learn, n_updates * value, log_interval=10_000, reset_num_timesteps=False)
+    else:
+        model = SDAC("MlpPolicy", env, buffer_size=2000, seed=0, device=device, **own)  # type: ignore[arg-type]
+        fill(model)
+        n_updates = 2 * model.policy_delay
+        work = partial(model.train, n_updates, batch_size)
+    # Warms up, too. torch's FlopCounterMode does not survive gradients with respect to inputs of a module
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True, with_flops=True) as profiler:
+        work()
+    flops = sum(event.flops for event in profiler.key_averages() if event.key in MATRIX_PRODUCTS)
+    floor = flops / n_updates / rate * 1e3
+    measured = statistics.median(seconds(work, 1, device) for _ in range(turns)) / n_updates * 1e3
+    print(f"{argument} {value}: {measured:.1f} ms, arithmetic {floor:.1f} ms", flush=True)
+    return measured, floor
 
 
 def main() -> None:
@@ -183,16 +267,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", default="HalfCheetah-v5")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch")
+    parser.add_argument("--only", nargs="+", choices=list(ALGORITHMS), default=list(ALGORITHMS), help="algorithms; SAC always")
     parser.add_argument("--turns", type=int, default=5, help="how often each algorithm has its turn")
     parser.add_argument("--updates", type=int, default=20, help="updates per turn (the paper's configuration makes a tenth)")
     parser.add_argument("--sweep", action="store_true", help="how the cost of SDAC grows, as a picture")
     arguments = parser.parse_args()
-    th.set_num_threads(1)
+    th.set_num_threads(arguments.threads)
+    for name in set(ALGORITHMS) - {"SAC", *arguments.only}:
+        del ALGORITHMS[name]
     folder = Path(__file__).parent / "results"
     folder.mkdir(exist_ok=True)
     if arguments.sweep:
         sweep(arguments.env, arguments.device, arguments.turns, folder / f"sweep_{arguments.env}_{arguments.device}.png")
         return
+    first = measure_first_update(arguments.env, arguments.device, arguments.threads)
     results = measure(arguments.env, arguments.device, arguments.turns, arguments.updates)
     spaces = gym.make(arguments.env)
     machine = th.cuda.get_device_name() if arguments.device == "cuda" else f"{os.cpu_count()} cores, {platform.machine()}"
@@ -202,18 +291,20 @@ def main() -> None:
         "action_dim": spaces.action_space.shape,
         "machine": machine,
         "cpu_capability": th.backends.cpu.get_cpu_capability(),
-        "threads": 1,
+        "threads": arguments.threads,
         "batch_size": 256,
         "versions": {"sb3_sdac": sb3_sdac.__version__}
         | {name: version(name) for name in ("stable_baselines3", "sb3_contrib", "torch", "numpy")},
         "python": platform.python_version(),
-        "command": f"python benchmarks/speed.py --env {arguments.env} --device {arguments.device} --turns {arguments.turns} "
-        f"--updates {arguments.updates}",
+        "command": " ".join(["python benchmarks/speed.py", *sys.argv[1:]]),
     }
-    path = folder / f"speed_{arguments.env}_{arguments.device}.json"
-    path.with_suffix(".md").write_text(table(results) + "\n", encoding="utf-8")
-    path.write_text(json.dumps({"setting": setting, "seconds": results}, indent=1) + "\n", encoding="utf-8")
-    print(table(results))
+    threads = f"_{arguments.threads}_threads" if arguments.threads != 1 else ""
+    path = folder / f"speed_{arguments.env}_{arguments.device}{threads}.json"
+    path.with_suffix(".md").write_text(table(results, first) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps({"setting": setting, "first_update": first, "seconds": results}, indent=1) + "\n", encoding="utf-8"
+    )
+    print(table(results, first))
 
 
 if __name__ == "__main__":

@@ -18,15 +18,18 @@ from torch.nn import functional as F
 TIME_DIM = 16
 
 
-class _MishFunction(th.autograd.Function):
+def _mish(x: th.Tensor) -> th.Tensor:
     """x tanh(softplus(x)) = x - 2x / d with d = e^2 + 2e + 2, e = exp(x): one exponential where ATen's kernel takes three."""
+    exp = x.exp()
+    # Where exp overflows, d is infinite and the value x, as it should be
+    return th.addcdiv(x, x, (exp + 2).mul_(exp).add_(2), value=-2)
 
+
+class _MishFunction(th.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: th.Tensor) -> th.Tensor:
         ctx.save_for_backward(x)
-        exp = x.exp()
-        # Where exp overflows, d is infinite and the value x, as it should be
-        return th.addcdiv(x, x, (exp + 2).mul_(exp).add_(2), value=-2)
+        return _mish(x)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: th.Tensor) -> th.Tensor:
@@ -51,6 +54,8 @@ class Mish(nn.Module):
         :param x: any shape
         :return: x tanh(softplus(x)), same shape
         """
+        if th.compiler.is_compiling():
+            return _mish(x)
         # On a GPU launches count, and ATen's kernel is one
         return F.mish(x) if x.is_cuda else _MishFunction.apply(x)
 

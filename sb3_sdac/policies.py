@@ -6,6 +6,7 @@ dimension, C critics, H width of a network's first layer. Actions are scaled to 
 """
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -137,19 +138,27 @@ class Actor(BasePolicy):
         # (T, H)[(B,)] -> (B, H)
         return self.noise_predictor(encoded, noisy_actions, self.noise_predictor.encode_time()[diffusion_steps.squeeze(-1)])
 
-    def sample(self, encoded: th.Tensor, x_T: th.Tensor, step_noise: th.Tensor | None) -> th.Tensor:
+    def sample(
+        self,
+        encoded: th.Tensor,
+        x_T: th.Tensor,
+        step_noise: th.Tensor | None,
+        noise_predictor: Callable[..., th.Tensor] | None = None,
+    ) -> th.Tensor:
         """
         Reverse diffusion for N particles per observation.
 
         :param encoded: from :meth:`encode`, shape (B, H)
         :param x_T: where to start, shape (B, N, A), or (1, N, A) for the same start everywhere
         :param step_noise: noise of the steps, shape (n_sampling_steps, B, N, A) or (n_sampling_steps, 1, N, A), or None
+        :param noise_predictor: the actor's own, compiled; ``None`` for that as it is
         :return: actions in [-1, 1], shape (B, N, A)
         """
+        predict_noise = noise_predictor or self.noise_predictor
         shared = encoded.unsqueeze(1)  # (B, H) -> (B, 1, H), to broadcast over N
         encoded_t = self.noise_predictor.encode_time()  # (T, H)
         x_T = x_T.expand(encoded.shape[0], -1, -1)
-        return self.diffusion.sample(lambda x_t, t: self.noise_predictor(shared, x_t, encoded_t[t]), x_T, step_noise)
+        return self.diffusion.sample(lambda x_t, t: predict_noise(shared, x_t, encoded_t[t]), x_T, step_noise)
 
     def draw_noise(self, batch_size: int, n_particles: int) -> tuple[th.Tensor, th.Tensor | None]:
         """

@@ -27,13 +27,13 @@ from stable_baselines3.common.utils import (
     get_device,
     get_parameters_by_name,
     polyak_update,
-    update_learning_rate,
 )
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from torch import nn
 
 from sb3_sdac import score_matching as sm
+from sb3_sdac.compilation import GraphedUpdate, compiled, set_learning_rate
 from sb3_sdac.diffusion import BETA_SCHEDULES
 from sb3_sdac.policies import Actor, CnnPolicy, Critic, DiffusionPolicy, MlpPolicy, MultiInputPolicy, is_count
 
@@ -153,6 +153,9 @@ class SDAC(OffPolicyAlgorithm):
         critics (CrossQ); ``tau`` and ``target_update_interval`` then only concern an averaged actor
     :param mixed_precision: draw the update's actions in bfloat16, under ``torch.autocast``; ``"auto"`` where the processor has
         such instructions (CPUs with AVX512-BF16 or AMX, CUDA devices). Acting, Q-values and all that is learned stay float32
+    :param compile: compile the denoising step of the updates with ``torch.compile`` (half a minute the first time; needs a C++
+        compiler, on CUDA Triton), and on CUDA replay whole updates as CUDA graphs. On a CPU it pays with many particles, as in
+        the paper's configuration, and not with the defaults. Acting is never compiled, nor is anything in a saved model
     :param use_sde: not supported, must be False; here so that whoever comes from SAC is told so
     :param sde_sample_freq: goes with ``use_sde``, without effect
     :param stats_window_size: episodes over which the logged success rate, length and reward are averaged
@@ -218,6 +221,7 @@ class SDAC(OffPolicyAlgorithm):
         critic_steps: int = 1,
         batch_norm: bool = True,
         mixed_precision: bool | str = "auto",
+        compile: bool = False,
         use_sde: bool = False,
         sde_sample_freq: int = -1,
         stats_window_size: int = 100,
@@ -282,6 +286,7 @@ class SDAC(OffPolicyAlgorithm):
         self.critic_steps = critic_steps
         self.batch_norm = batch_norm
         self.mixed_precision = mixed_precision
+        self.compile = compile
         self._saved_ent_coef = ent_coef  # what it was when the model was saved, should `load` change it
         self._n_actor_updates = 0
         self._metrics: dict[str, tuple[th.Tensor | float, int]] = {}
@@ -313,6 +318,7 @@ class SDAC(OffPolicyAlgorithm):
             self.batch_norm_stats_target += get_parameters_by_name(self.actor_target, ["running_"])
         self._setup_temperature()
         self._mixed_precision = _has_bfloat16(self.device) if self.mixed_precision == "auto" else bool(self.mixed_precision)
+        self._setup_compilation()
         if self.device.type == "cpu":
             # glibc gives large blocks back to the system at once, and new pages cost more than the arithmetic on them, until
             # it has seen one of nearly 32 MiB freed (mallopt(3), M_MMAP_THRESHOLD): 2,000 page faults per update less
@@ -324,6 +330,15 @@ class SDAC(OffPolicyAlgorithm):
         names = ["n_diffusion_steps", "n_sampling_steps", "eta", "init_noise_scale", "beta_schedule", "n_particles"]
         names += ["exploration_noise", "scale_noise_by_ent_coef", "average_actor", "batch_norm"]
         return {name: getattr(self, name) for name in names}
+
+    def _setup_compilation(self) -> None:
+        """What :meth:`train` calls: the update and the noise predictor as they are, or with ``compile`` faster ones."""
+        self._noise_predictor, self._run_update = self.actor.noise_predictor, self._update
+        if self.compile:
+            # One denoising step, not the loop, which would be compiled for every step of it
+            self._noise_predictor = compiled(self.actor.noise_predictor)
+            if self.device.type == "cuda":
+                self._run_update = GraphedUpdate(self._update, [self.actor.optimizer, self.critic.optimizer])
 
     def _setup_temperature(self) -> None:
         """
@@ -366,70 +381,82 @@ class SDAC(OffPolicyAlgorithm):
         """
         # Switch to train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
-        update_learning_rate(self.critic.optimizer, self._qf_learning_rate())
-        anchor_is_next = self.anchor == "next" or self.score_matching == "mirror_descent"
 
         for _ in range(gradient_steps):
             step_actor = self._n_updates % self.policy_delay == 0
+            step_targets = self._n_updates % self.target_update_interval == 0
             replay_data = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
-            # For n-step replay, the discount factor is gamma**n_steps (when no early termination)
-            discounts = self.gamma if replay_data.discounts is None else replay_data.discounts
+            set_learning_rate(self.actor.optimizer, self._actor_learning_rate())
+            set_learning_rate(self.critic.optimizer, self._qf_learning_rate())
 
-            # Features are extracted once per network and observation; the actor's loss may need the gradient of these
-            with th.set_grad_enabled(step_actor and anchor_is_next):
-                encoded_actor = self.actor.encode(replay_data.next_observations)  # (B, H)
-            with th.no_grad():
-                # Next actions: N reverse diffusions, the best by min Q, noise
-                encoded_critic = self.critic.encode(replay_data.next_observations)  # (C, B, H)
-                actions = next_actions = self._sample_actions(encoded_actor, encoded_critic)  # (B, A)
-
-            # TD target: without an entropy term, as in the authors' code
-            current_q_values, next_q_values = self._q_values(replay_data, next_actions)  # (C, B), (C, B)
-            next_q_values = next_q_values.amin(dim=0).unsqueeze(1)  # (C, B) -> (B, 1)
-            target_q_values = self.reward_scale * replay_data.rewards + (1 - replay_data.dones) * discounts * next_q_values
-
-            # Critic loss: the squared TD error of each critic
-            critic_loss = (current_q_values - target_q_values.squeeze(1)).square().mean(dim=1).sum()
-            self.critic.optimizer.zero_grad()
-            critic_loss.backward()
-            for _ in range(self.critic_steps - 1):
-                self.critic.optimizer.step()
-
-            # Score matching at an action of the policy, on the critics as they are before this update's (last) step
-            if self.critic_steps > 1 and anchor_is_next:
-                with th.no_grad():  # other critics than above
-                    encoded_critic = self.critic.encode(replay_data.next_observations)
-            if step_actor:
-                if not anchor_is_next:
-                    encoded_actor = self.actor.encode(replay_data.observations)
-                    with th.no_grad():
-                        encoded_critic = self.critic.encode(replay_data.observations)
-                        actions = self._sample_actions(encoded_actor, encoded_critic)
-                actor_loss, reverse_ess = self._score_matching_loss(encoded_actor, encoded_critic, actions)
-                self._track(actor_loss=actor_loss, reverse_ess=reverse_ess)
-            if self.score_matching == "mirror_descent":
-                self._track_q_statistics(self.critic.min_q(encoded_critic, next_actions).detach())
-
-            self.critic.optimizer.step()
-            if step_actor:
-                update_learning_rate(self.actor.optimizer, self._actor_learning_rate())
-                self.actor.optimizer.zero_grad()
-                actor_loss.backward()
-                self.actor.optimizer.step()
-                self._n_actor_updates += 1
+            self._track(**self._run_update(replay_data, step_actor, step_targets))
 
             if self._target_entropy is not None and self._n_updates % PAPER_ENT_COEF_INTERVAL == 0:
                 self._step_paper_temperature(self._target_entropy)
-
-            if self._n_updates % self.target_update_interval == 0:
-                self._update_targets()
-
+            self._n_actor_updates += step_actor
             self._n_updates += 1
-            self._track(critic_loss=critic_loss, q_value=current_q_values.mean(), ent_coef=self.ent_coef_tensor)
 
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("train/learning_rate", self._actor_learning_rate())
         self.logger.record("train/qf_learning_rate", self._qf_learning_rate())
+
+    def _update(self, replay_data: ReplayBufferSamples, step_actor: bool, step_targets: bool) -> dict[str, th.Tensor]:
+        """
+        The body of Algorithm 1. All on the device: no number is read back, and nothing of Python's own changes.
+
+        :param replay_data: B transitions
+        :param step_actor: whether it is the actor's turn, too
+        :param step_targets: whether it is the targets' turn
+        :return: scalars for the log
+        """
+        anchor_is_next = self.anchor == "next" or self.score_matching == "mirror_descent"
+        # For n-step replay, the discount factor is gamma**n_steps (when no early termination)
+        discounts = self.gamma if replay_data.discounts is None else replay_data.discounts
+
+        # Features are extracted once per network and observation; the actor's loss may need the gradient of these
+        with th.set_grad_enabled(step_actor and anchor_is_next):
+            encoded_actor = self.actor.encode(replay_data.next_observations)  # (B, H)
+        with th.no_grad():
+            # Next actions: N reverse diffusions, the best by min Q, noise
+            encoded_critic = self.critic.encode(replay_data.next_observations)  # (C, B, H)
+            actions = next_actions = self._sample_actions(encoded_actor, encoded_critic)  # (B, A)
+
+        # TD target: without an entropy term, as in the authors' code
+        current_q_values, next_q_values = self._q_values(replay_data, next_actions)  # (C, B), (C, B)
+        next_q_values = next_q_values.amin(dim=0).unsqueeze(1)  # (C, B) -> (B, 1)
+        target_q_values = self.reward_scale * replay_data.rewards + (1 - replay_data.dones) * discounts * next_q_values
+
+        # Critic loss: the squared TD error of each critic
+        critic_loss = (current_q_values - target_q_values.squeeze(1)).square().mean(dim=1).sum()
+        metrics = {"critic_loss": critic_loss, "q_value": current_q_values.mean()}
+        self.critic.optimizer.zero_grad()
+        critic_loss.backward()
+        for _ in range(self.critic_steps - 1):
+            self.critic.optimizer.step()
+
+        # Score matching at an action of the policy, on the critics as they are before this update's (last) step
+        if self.critic_steps > 1 and anchor_is_next:
+            with th.no_grad():  # other critics than above
+                encoded_critic = self.critic.encode(replay_data.next_observations)
+        if step_actor:
+            if not anchor_is_next:
+                encoded_actor = self.actor.encode(replay_data.observations)
+                with th.no_grad():
+                    encoded_critic = self.critic.encode(replay_data.observations)
+                    actions = self._sample_actions(encoded_actor, encoded_critic)
+            actor_loss, reverse_ess = self._score_matching_loss(encoded_actor, encoded_critic, actions)
+            metrics.update(actor_loss=actor_loss, reverse_ess=reverse_ess)
+        if self.score_matching == "mirror_descent":
+            self._track_q_statistics(self.critic.min_q(encoded_critic, next_actions).detach())
+
+        self.critic.optimizer.step()
+        if step_actor:
+            self.actor.optimizer.zero_grad()
+            actor_loss.backward()
+            self.actor.optimizer.step()
+        if step_targets:
+            self._update_targets()
+        return {**metrics, "ent_coef": self.ent_coef_tensor}
 
     def _track(self, **metrics: th.Tensor) -> None:
         """
@@ -480,7 +507,9 @@ class SDAC(OffPolicyAlgorithm):
         noise = self.actor.draw_noise(len(encoded_actor), n_particles)
         # The candidates' Q stays float32: its rounding would spread their weights, and with it ent_coef="auto" rose by half
         with th.autocast(self.device.type, dtype=th.bfloat16, enabled=self._mixed_precision):
-            best = self.policy.best_of(encoded_critic, self.actor.sample(encoded_actor, *noise))
+            best = self.policy.best_of(
+                encoded_critic, self.actor.sample(encoded_actor.detach(), *noise, self._noise_predictor)
+            )
         actions = self.policy.explore(best)
         return actions.clamp(-1, 1) if self.clip_target_actions else actions
 
@@ -782,12 +811,18 @@ class SDAC(OffPolicyAlgorithm):
         :param device: where to put them
         """
         super().set_parameters(load_path_or_dict, exact_match, device)
+        self._setup_compilation()  # the optimizers' state consists of other tensors now
         if not isinstance(self.ent_coef, str):
             self.policy.log_ent_coef.data.fill_(np.log(self.ent_coef))
 
     def _excluded_save_params(self) -> list[str]:
         aliases = ["actor", "actor_target", "critic", "critic_target", "batch_norm_stats", "batch_norm_stats_target"]
-        aliases += ["_metrics", "_mixed_precision"]  # made anew: the other machine may not have bfloat16
+        aliases += [
+            "_metrics",
+            "_mixed_precision",
+            "_noise_predictor",
+            "_run_update",
+        ]  # made anew: the other machine may not have bfloat16
         return [*super()._excluded_save_params(), *aliases]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:

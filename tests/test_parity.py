@@ -274,5 +274,5 @@ def test_presets_are_complete(preset: dict[str, Any]) -> None:
         "use_sde",
         "sde_sample_freq",
     }
-    own |= {"mixed_precision", "target_ess"}
+    own |= {"compile", "mixed_precision", "target_ess"}
     assert set(inspect.signature(SDAC).parameters) - own - {"_init_setup_model"} == set(preset)

@@ -1,0 +1,257 @@
+"""
+Compiled and recorded updates: the same learning, no trace in what is saved, and a way out where there is no compiler.
+
+CUDA graphs need a GPU. What can go wrong with them, though, is mostly not CUDA's: a number of Python's that was frozen, a tensor
+that was replaced instead of changed. That is tested everywhere, with a recorder of PyTorch's operations in the place of the
+graph; the tests with ``cuda`` in their names do it with real graphs, where there are any.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3.common.logger import configure
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sb3_sdac import PAPER_DPMD, PAPER_SDAC, SDAC, compilation
+from sb3_sdac.compilation import WARM_UP, GraphedUpdate, compiled, set_learning_rate
+
+needs_cuda = pytest.mark.skipif(not th.cuda.is_available(), reason="CUDA graphs need a GPU")
+#: Of its own doing, when the compiler is imported
+torch_warns = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
+CONFIGURATIONS = pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"batch_norm": False, "score_matching": "reverse_sampling", "target_update_interval": 2, "average_actor": True},
+        {"learning_rate": lambda progress: 1e-2 * progress, "eta": 1.0, "n_target_particles": 2},
+        {**PAPER_SDAC, "n_particles": 2, "n_reverse_samples": 4},
+        {**PAPER_DPMD, "n_particles": 2},
+    ],
+    ids=["default", "target critics", "schedule", "SDAC", "DPMD"],
+)
+
+
+def make_model(device: str = "cpu", **kwargs: Any) -> SDAC:
+    defaults: dict[str, Any] = {"buffer_size": 500, "seed": 0, "mixed_precision": False}
+    policy_kwargs = {**kwargs.pop("policy_kwargs", {}), "net_arch": [16, 16]}
+    model = SDAC("MlpPolicy", "Pendulum-v1", **{**defaults, **kwargs}, policy_kwargs=policy_kwargs, device=device)
+    random_state = np.random.RandomState(0)
+    for _ in range(500):
+        obs, next_obs = random_state.standard_normal((2, 1, 3))
+        action, reward = random_state.uniform(-1, 1, (2, 1, 1))
+        # What there is to learn: opposite signs are good
+        model.replay_buffer.add(obs, next_obs, action, -10 * (action + np.sign(obs[:, :1])) ** 2 + reward, np.ones(1), [{}])  # type: ignore[union-attr]
+    model.set_logger(configure(None, []))
+    return model
+
+
+def train(model: SDAC, n_updates: int) -> None:
+    """Learning rates go down while it lasts."""
+    model.set_random_seed(1)
+    for i in range(n_updates):
+        model._current_progress_remaining = 1 - i / n_updates
+        model.train(1, 32)
+
+
+def numbers(model: SDAC) -> list[th.Tensor]:
+    """All that learning changes, but for counters."""
+    return [value for value in model.policy.state_dict().values() if value.is_floating_point()]
+
+
+class Recorder(TorchDispatchMode):
+    """Of operations on tensors, to do them again, on the same tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        assert func is not th.ops.aten._local_scalar_dense.default, "a number was read back from the device"
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self) -> None:
+        for func, args, kwargs, out in self.calls:
+            if func.is_view:
+                continue
+            again = func(*args, **kwargs)
+            for old, new in zip(pytree.tree_leaves(out), pytree.tree_leaves(again), strict=True):
+                if isinstance(old, th.Tensor) and old is not new:
+                    old.copy_(new)
+
+
+def pretend_cuda(monkeypatch: pytest.MonkeyPatch, model: SDAC) -> None:
+    """Graphs that are recorders. Recording a real one does nothing, so here its effects are undone."""
+
+    @contextmanager
+    def graph(recorder: Any, pool: Any) -> Iterator[None]:
+        states = [*numbers(model), model.q_running_mean, model.q_running_std]
+        states += [v for o in (model.actor.optimizer, model.critic.optimizer) for s in o.state.values() for v in s.values()]
+        before = [value.clone() for value in states]
+        random_state = th.get_rng_state()
+        with recorder.recorder:
+            yield
+        for value, old in zip(states, before, strict=True):
+            value.copy_(old)
+        th.set_rng_state(random_state)
+
+    class Graph:
+        def __init__(self) -> None:
+            self.recorder = Recorder()
+            self.replay = th.no_grad()(self.recorder.replay)
+
+        def pool(self) -> None:
+            return None
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    cuda = {"CUDAGraph": Graph, "graph": graph, "synchronize": lambda: None, "Stream": lambda: stream}
+    cuda |= {"current_stream": lambda: stream, "stream": lambda stream: nullcontext()}
+    for name, value in cuda.items():
+        monkeypatch.setattr(compilation.th.cuda, name, value)
+    model._run_update = GraphedUpdate(model._update, [model.actor.optimizer, model.critic.optimizer])
+
+
+@CONFIGURATIONS
+def test_recorded_updates_learn_as_others_do(kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over 60 updates, of which the first ones are not recorded, to the rounding of a learning rate that became a tensor."""
+    eager, recorded = make_model(**kwargs), make_model(**kwargs)
+    pretend_cuda(monkeypatch, recorded)
+    start = [value.clone() for value in numbers(eager)]
+    train(eager, 60)
+    train(recorded, 60)
+    assert isinstance(recorded._run_update, GraphedUpdate) and recorded._run_update._graphs
+    assert any(not th.equal(value, old) for value, old in zip(numbers(eager), start, strict=True))
+    for value, expected in zip(numbers(recorded), numbers(eager), strict=True):
+        th.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+    assert recorded._metrics.keys() == eager._metrics.keys()
+    for name, (total, count) in eager._metrics.items():
+        assert recorded._metrics[name][1] == count
+        np.testing.assert_allclose(float(recorded._metrics[name][0]), float(total), rtol=1e-4)
+
+
+@CONFIGURATIONS
+@needs_cuda
+def test_cuda_graphs_learn_as_eager_mode_does(kwargs: dict[str, Any]) -> None:
+    """Hundreds of updates. Graphs draw the same random numbers; sums may be taken in another order, hence the tolerance."""
+    eager, graphed = make_model("cuda", **kwargs), make_model("cuda", compile=True, **kwargs)
+    graphed._noise_predictor = graphed.actor.noise_predictor  # of graphs alone
+    start = [value.clone() for value in numbers(eager)]
+    train(eager, 300)
+    train(graphed, 300)
+    assert isinstance(graphed._run_update, GraphedUpdate) and graphed._run_update._graphs
+    moved = sum((value - old).square().sum().item() for value, old in zip(numbers(eager), start, strict=True))
+    apart = sum((value - other).square().sum().item() for value, other in zip(numbers(eager), numbers(graphed), strict=True))
+    assert moved > 0.1 and apart < 1e-2 * moved
+
+
+@needs_cuda
+def test_cuda_learns_what_there_is_to_learn() -> None:
+    """With everything compiled; compared with the same model before."""
+    model = make_model("cuda", compile=True)
+    obs = np.random.RandomState(1).standard_normal((100, 3)).astype(np.float32)
+
+    def agreement() -> float:
+        return float(np.mean(model.predict(obs, deterministic=True)[0][:, 0] * np.sign(obs[:, 0])))
+
+    before = agreement()
+    model.train(1500, 32)
+    assert agreement() < before - 0.5 and agreement() < -1  # torques of 2 against the sign
+
+
+def test_saved_models_know_nothing_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the graph nor its tensors in the place of numbers; the loaded model is not compiled until it learns."""
+    model = make_model(learning_rate=1e-2, compile=True)
+    model._noise_predictor = model.actor.noise_predictor
+    pretend_cuda(monkeypatch, model)
+    train(model, 12)
+    assert isinstance(model.actor.optimizer.param_groups[0]["lr"], th.Tensor)
+    model.save(tmp_path / "model.zip")
+    train(model, 4)  # goes on as it was
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        return lambda *args: pytest.fail("compiled although nothing was learned")
+
+    monkeypatch.setattr(th, "compile", refuse)
+    loaded = SDAC.load(tmp_path / "model.zip", env=model.get_env(), device="cpu")
+    assert loaded.compile and loaded._n_updates == 12
+    assert [group["lr"] for group in loaded.actor.optimizer.param_groups] == [pytest.approx(1e-2)]
+    assert not loaded.actor.optimizer.param_groups[0]["capturable"]
+    loaded.predict(np.zeros(3, np.float32))
+
+
+def test_new_parameters_are_recorded_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They bring other tensors for the optimizers, and a recording would go on with the old ones."""
+    model, other = make_model(compile=True), make_model()
+    pretend_cuda(monkeypatch, model)
+    recorded = model._run_update
+    train(other, 10)
+    model.set_parameters(other.get_parameters())
+    assert model._run_update is not recorded
+
+
+def test_another_batch_size_is_recorded_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(policy_delay=1)
+    pretend_cuda(monkeypatch, model)
+    for batch_size in (8, 16, 8):
+        model.train(WARM_UP + 1, batch_size)
+    assert len(model._run_update._graphs) == 2  # type: ignore[attr-defined]
+
+
+def test_learning_rate_of_a_recorded_optimizer_is_changed_in_place() -> None:
+    optimizer = th.optim.Adam([th.nn.Parameter(th.zeros(1))], lr=1e-3)
+    set_learning_rate(optimizer, 0.5)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    rate = optimizer.param_groups[0]["lr"] = th.tensor(0.5)
+    set_learning_rate(optimizer, 0.25)
+    assert optimizer.param_groups[0]["lr"] is rate and rate.item() == 0.25
+
+
+@pytest.mark.slow
+@torch_warns
+@pytest.mark.parametrize("mixed_precision", [False, True])
+def test_compiled_updates_learn_as_others_do(mixed_precision: bool) -> None:
+    """Hundreds of updates of the paper's configuration, whose denoising step is worth compiling."""
+    kwargs: dict[str, Any] = {**PAPER_SDAC, "n_particles": 2, "n_reverse_samples": 4, "mixed_precision": mixed_precision}
+    eager, fast = make_model(**kwargs), make_model(**kwargs, compile=True)
+    start = [value.clone() for value in numbers(eager)]
+    train(fast, 200)  # had it fallen back, its warning would be an error
+    train(eager, 200)
+    moved = sum((value - old).square().sum().item() for value, old in zip(numbers(eager), start, strict=True))
+    apart = sum((value - other).square().sum().item() for value, other in zip(numbers(eager), numbers(fast), strict=True))
+    assert moved > 0.1 and apart < 1e-2 * moved
+
+
+def test_without_a_compiler_there_is_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(function: Callable[..., Any], **kwargs: Any) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            raise RuntimeError("no C++ compiler")
+
+        return call
+
+    monkeypatch.setattr(th, "compile", broken)
+    model, eager = make_model(compile=True), make_model()
+    with pytest.warns(UserWarning, match=r"torch.compile fails.*no C\+\+ compiler") as record:
+        train(model, 3)
+    assert len(record) == 1
+    train(eager, 3)
+    for value, expected in zip(numbers(model), numbers(eager), strict=True):
+        assert th.equal(value, expected)
+
+
+@torch_warns
+def test_an_error_of_the_function_itself_is_not_hidden() -> None:
+    def function(x: th.Tensor) -> th.Tensor:
+        raise KeyError("mine")
+
+    call = compiled(function)
+    for _ in range(2):
+        with pytest.raises(Exception, match="mine"):
+            call(th.zeros(1))
