@@ -96,9 +96,13 @@ def last_in_float32(layers: nn.Sequential, x: th.Tensor) -> th.Tensor:
     :param x: input
     :return: output, float32
     """
-    x = layers[:-1](x)
+    *hidden, last = layers
+    for layer in hidden:
+        x = layer(x)
+    if not th.is_autocast_enabled(x.device.type):
+        return last(x)
     with th.autocast(x.device.type, enabled=False):
-        return layers[-1](x.float())
+        return last(x.float())
 
 
 class NoisePredictor(nn.Module):

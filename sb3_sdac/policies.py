@@ -524,6 +524,8 @@ class DiffusionPolicy(BasePolicy):
 
         :param mode: whether to train
         """
+        if mode == self.training == self.actor.training == self.critic.training:
+            return  # as on nearly every prediction, where going through all modules would cost as much as two denoising steps
         self.actor.set_training_mode(mode)
         self.critic.set_training_mode(mode)
         self.training = mode

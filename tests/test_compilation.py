@@ -1,9 +1,9 @@
 """
 Compiled and recorded updates: the same learning, no trace in what is saved, and a way out where there is no compiler.
 
-CUDA graphs need a GPU. What can go wrong with them, though, is mostly not CUDA's: a number of Python's that was frozen, a tensor
-that was replaced instead of changed. That is tested everywhere, with a recorder of PyTorch's operations in the place of the
-graph; the tests with ``cuda`` in their names do it with real graphs, where there are any.
+CUDA graphs need a GPU. What can go wrong with them is mostly not CUDA's, though: a number of Python's that was frozen, a
+tensor that was replaced instead of changed. That is tested everywhere, with a recorder of PyTorch's operations in the place
+of the graph; the tests with ``cuda`` in their names do it with real graphs, where there are any.
 """
 
 from collections.abc import Callable, Iterator
@@ -43,11 +43,12 @@ def make_model(device: str = "cpu", **kwargs: Any) -> SDAC:
     policy_kwargs = {**kwargs.pop("policy_kwargs", {}), "net_arch": [16, 16]}
     model = SDAC("MlpPolicy", "Pendulum-v1", **{**defaults, **kwargs}, policy_kwargs=policy_kwargs, device=device)
     random_state = np.random.RandomState(0)
+    assert model.replay_buffer is not None
     for _ in range(500):
         obs, next_obs = random_state.standard_normal((2, 1, 3))
         action, reward = random_state.uniform(-1, 1, (2, 1, 1))
         # What there is to learn: opposite signs are good
-        model.replay_buffer.add(obs, next_obs, action, -10 * (action + np.sign(obs[:, :1])) ** 2 + reward, np.ones(1), [{}])  # type: ignore[union-attr]
+        model.replay_buffer.add(obs, next_obs, action, -10 * (action + np.sign(obs[:, :1])) ** 2 + reward, np.ones(1), [{}])
     model.set_logger(configure(None, []))
     return model
 
