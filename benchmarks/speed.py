@@ -241,6 +241,7 @@ def sweep_point(argument: str, value: int, env_id: str, device: str, turns: int,
     """:return: milliseconds of an update (with ``n_envs``: and a step), measured, and of its arithmetic at this rate"""
     own = {} if argument in ("batch_size", "action_dim", "n_envs") else {argument: value}
     batch_size = value if argument == "batch_size" else 256
+    work: Callable[[], Any]
     env: Any = AnySize(value) if argument == "action_dim" else env_id
     if argument == "n_envs":
         env = make_vec_env(env_id, n_envs=value, seed=0)

@@ -22,7 +22,7 @@ def compiled(function: Callable[..., th.Tensor]) -> Callable[..., th.Tensor]:
     :param function: of tensors whose shapes hardly ever change, as each new one is compiled anew
     :return: the same, faster
     """
-    active = None
+    active: Callable[..., th.Tensor] | None = None
 
     def call(*args: th.Tensor) -> th.Tensor:
         nonlocal active

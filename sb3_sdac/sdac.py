@@ -41,6 +41,8 @@ SelfSDAC = TypeVar("SelfSDAC", bound="SDAC")
 
 #: Share of each batch's solution that the temperature set from data takes over: a memory of about 20 actor updates
 TEMPERATURE_RATE = 0.05
+#: With ``reward_scale="auto"``: root mean square of the scaled rewards, and the most that a single one may be
+REWARD_RMS, REWARD_MAX = 0.2, 2.0
 #: Moving average of Q's mean and standard deviation in the mirror-descent loss (official DPMD)
 Q_STATISTICS_RATE = 1e-3
 #: The paper's temperature: start, learning rate and interval in updates (official SDAC)
@@ -143,7 +145,8 @@ class SDAC(OffPolicyAlgorithm):
     :param policy_delay: step the actor on every ``policy_delay``-th update
     :param target_update_interval: update the targets on every ``target_update_interval``-th update
     :param average_actor: act with a moving average of the actor (the paper), of step ``tau``
-    :param reward_scale: factor on the rewards inside the critics' targets; the temperature's unit stays that of the reward
+    :param reward_scale: factor on the rewards inside the critics' targets, or ``"auto"`` to divide them by five times the root
+        mean square of the replayed rewards, so that their unit does not matter; the temperature keeps the reward's unit
     :param qf_learning_rate: learning rate of the critics, a float or a function of the progress remaining; ``None`` for
         ``learning_rate``
     :param actor_lr_decay: ``(final, begin, end)``: the actor's learning rate goes linearly from ``learning_rate`` to
@@ -215,7 +218,7 @@ class SDAC(OffPolicyAlgorithm):
         policy_delay: int = 3,
         target_update_interval: int = 1,
         average_actor: bool = False,
-        reward_scale: float = 0.2,
+        reward_scale: float | str = "auto",
         qf_learning_rate: float | Schedule | None = None,
         actor_lr_decay: tuple[float, int, int] | None = None,
         critic_steps: int = 1,
@@ -323,6 +326,8 @@ class SDAC(OffPolicyAlgorithm):
             # glibc gives large blocks back to the system at once, and new pages cost more than the arithmetic on them, until
             # it has seen one of nearly 32 MiB freed (mallopt(3), M_MMAP_THRESHOLD): 2,000 page faults per update less
             th.empty(2**25 - 2**16, dtype=th.uint8)
+        # Of all batches so far: their number, mean square and largest absolute value
+        self.reward_statistics = th.zeros(3, device=self.device)
         self.q_running_mean = th.zeros((), device=self.device)
         self.q_running_std = th.ones((), device=self.device)
 
@@ -333,7 +338,8 @@ class SDAC(OffPolicyAlgorithm):
 
     def _setup_compilation(self) -> None:
         """What :meth:`train` calls: the update and the noise predictor as they are, or with ``compile`` faster ones."""
-        self._noise_predictor, self._run_update = self.actor.noise_predictor, self._update
+        self._noise_predictor: Callable[..., th.Tensor] = self.actor.noise_predictor
+        self._run_update: Callable[..., dict[str, th.Tensor]] = self._update
         if self.compile:
             # One denoising step, not the loop, which would be compiled for every step of it
             self._noise_predictor = compiled(self.actor.noise_predictor)
@@ -365,6 +371,20 @@ class SDAC(OffPolicyAlgorithm):
     def ent_coef_tensor(self) -> th.Tensor:
         """The entropy coefficient (alpha or lambda in the paper), in the unit of the reward (mirror descent: without one)."""
         return self.policy.log_ent_coef.exp()
+
+    @property
+    def reward_scale_tensor(self) -> th.Tensor | float:
+        """
+        The factor on the rewards inside the TD target, which sets the unit of the critics.
+
+        With ``reward_scale="auto"`` the replayed rewards have a root mean square of 0.2, about what the authors' factor gives
+        in MuJoCo's tasks, whatever the unit of the environment's. A rare large reward counts at most ten times as much.
+        """
+        if not isinstance(self.reward_scale, str):
+            return self.reward_scale
+        _, mean_square, largest = self.reward_statistics
+        scale = th.minimum(REWARD_RMS / mean_square.sqrt(), REWARD_MAX / largest)
+        return th.where(largest > 0, scale, 1.0)  # while all rewards are zero there is nothing to scale
 
     def _create_aliases(self) -> None:
         self.actor = self.policy.actor
@@ -424,7 +444,8 @@ class SDAC(OffPolicyAlgorithm):
         # TD target: without an entropy term, as in the authors' code
         current_q_values, next_q_values = self._q_values(replay_data, next_actions)  # (C, B), (C, B)
         next_q_values = next_q_values.amin(dim=0).unsqueeze(1)  # (C, B) -> (B, 1)
-        target_q_values = self.reward_scale * replay_data.rewards + (1 - replay_data.dones) * discounts * next_q_values
+        rewards = self._track_reward_scale(replay_data.rewards) * replay_data.rewards
+        target_q_values = rewards + (1 - replay_data.dones) * discounts * next_q_values
 
         # Critic loss: the squared TD error of each critic
         critic_loss = (current_q_values - target_q_values.squeeze(1)).square().mean(dim=1).sum()
@@ -448,6 +469,8 @@ class SDAC(OffPolicyAlgorithm):
             metrics.update(actor_loss=actor_loss, reverse_ess=reverse_ess)
         if self.score_matching == "mirror_descent":
             self._track_q_statistics(self.critic.min_q(encoded_critic, next_actions).detach())
+        if isinstance(self.reward_scale, str):
+            metrics["reward_scale"] = th.as_tensor(self.reward_scale_tensor)
 
         self.critic.optimizer.step()
         if step_actor:
@@ -547,7 +570,7 @@ class SDAC(OffPolicyAlgorithm):
             if str(self.ent_coef).startswith("auto"):
                 self._set_temperature(q_values)
             # In the unit of the critics, whose rewards are scaled
-            temperature = self.reward_scale * self.ent_coef_tensor
+            temperature = self.reward_scale_tensor * self.ent_coef_tensor
             weights = sm.softmax_weights(q_values, temperature)
             reverse_ess = sm.effective_sample_size(weights).mean()
 
@@ -572,6 +595,18 @@ class SDAC(OffPolicyAlgorithm):
             (gradients,) = th.autograd.grad(q_values.sum(), x_0)
         return q_values.detach(), gradients
 
+    def _track_reward_scale(self, rewards: th.Tensor) -> th.Tensor | float:
+        """
+        :param rewards: of the batch, shape (B, 1)
+        :return: the factor for them, see :attr:`reward_scale_tensor`
+        """
+        if isinstance(self.reward_scale, str):
+            n_batches, mean_square, largest = self.reward_statistics
+            n_batches += 1
+            mean_square += (rewards.square().mean() - mean_square) / n_batches
+            largest.copy_(th.maximum(largest, rewards.abs().max()))
+        return self.reward_scale_tensor
+
     def _track_q_statistics(self, q_values: th.Tensor) -> None:
         """
         Moving averages of Q's mean and standard deviation, on every update (official DPMD).
@@ -590,7 +625,7 @@ class SDAC(OffPolicyAlgorithm):
         temperature = sm.solve_temperature(q_values, self.target_ess * self.n_reverse_samples)
         first = self._n_actor_updates == 0 and self.ent_coef == "auto"
         rate = 1.0 if first else TEMPERATURE_RATE
-        self.policy.log_ent_coef.lerp_((temperature / self.reward_scale).log(), rate)
+        self.policy.log_ent_coef.lerp_((temperature / self.reward_scale_tensor).log(), rate)
 
     def _step_paper_temperature(self, target_entropy: float) -> None:
         """
@@ -826,7 +861,8 @@ class SDAC(OffPolicyAlgorithm):
         return [*super()._excluded_save_params(), *aliases]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        return ["policy", "actor.optimizer", "critic.optimizer", "ent_coef_optimizer"], ["q_running_mean", "q_running_std"]
+        optimizers = ["actor.optimizer", "critic.optimizer", "ent_coef_optimizer"]
+        return ["policy", *optimizers], ["q_running_mean", "q_running_std", "reward_statistics"]
 
     def _check_arguments(self) -> None:
         """
@@ -869,7 +905,9 @@ class SDAC(OffPolicyAlgorithm):
         )
         at_most = f"at most n_diffusion_steps={self.n_diffusion_steps}"
         self._check(lambda value: value <= self.n_diffusion_steps, at_most, "n_sampling_steps")
-        self._check(lambda value: _is_number(value) and value > 0, "a positive number", "init_noise_scale", "reward_scale")
+        self._check(lambda value: _is_number(value) and value > 0, "a positive number", "init_noise_scale")
+        allowed = "a positive number, or 'auto'"
+        self._check(lambda value: value == "auto" or (_is_number(value) and value > 0), allowed, "reward_scale")
         self._check(lambda value: _is_number(value) and value >= 0, "a number of at least 0", "exploration_noise")
         self._check(lambda value: _is_number(value) and 0 <= value <= 1, "a number between 0 and 1", "eta", "tau", "gamma")
         for name, known in (

@@ -94,7 +94,7 @@ def pretend_cuda(monkeypatch: pytest.MonkeyPatch, model: SDAC) -> None:
 
     @contextmanager
     def graph(recorder: Any, pool: Any) -> Iterator[None]:
-        states = [*numbers(model), model.q_running_mean, model.q_running_std]
+        states = [*numbers(model), model.q_running_mean, model.q_running_std, model.reward_statistics]
         states += [v for o in (model.actor.optimizer, model.critic.optimizer) for s in o.state.values() for v in s.values()]
         before = [value.clone() for value in states]
         random_state = th.get_rng_state()
@@ -194,7 +194,7 @@ def test_new_parameters_are_recorded_anew(monkeypatch: pytest.MonkeyPatch) -> No
     pretend_cuda(monkeypatch, model)
     recorded = model._run_update
     train(other, 10)
-    model.set_parameters(other.get_parameters())
+    model.set_parameters(other.get_parameters())  # type: ignore[arg-type]
     assert model._run_update is not recorded
 
 

@@ -263,6 +263,48 @@ def test_data_temperature_hits_its_target(monkeypatch: pytest.MonkeyPatch) -> No
     assert slow.log_ent_coef.item() == pytest.approx(0.95 * math.log(100) + 0.05 * math.log(solution), rel=1e-3)
 
 
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_unit_of_the_rewards_does_not_matter(monkeypatch: pytest.MonkeyPatch, batch_norm: bool) -> None:
+    """Rewards times 100 teach the same, with a temperature times 100; with a fixed scale they do not."""
+    models = []
+    for factor, reward_scale in ((1, "auto"), (100, "auto"), (1, 0.2), (100, 0.2)):
+        model = make_model(reward_scale=reward_scale, batch_norm=batch_norm)
+        data = batch()
+        give_batch(model, monkeypatch, data._replace(rewards=factor * data.rewards))
+        th.manual_seed(0)
+        model.train(20)
+        models.append(model)
+
+    def distance(model: SDAC, other: SDAC) -> float:
+        pairs = zip(snapshot(model.policy), snapshot(other.policy), strict=True)
+        return max((a - b).abs().max().item() for a, b in pairs if a.dim() > 0)  # without the temperature
+
+    assert models[1].ent_coef_tensor.item() == pytest.approx(100 * models[0].ent_coef_tensor.item(), rel=1e-3)
+    assert distance(models[0], models[1]) < 1e-3 < 1e-2 < distance(models[2], models[3])
+
+
+def test_scaled_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root mean square 0.2 over all batches; a rare large reward counts at most 2; zeros are left alone."""
+    model = make_model()
+    seen = [th.zeros(B, 1), th.zeros(B, 1), 30 * th.randn(B, 1), 2 * th.randn(B, 1)]
+    for i, rewards in enumerate(seen):
+        give_batch(model, monkeypatch, batch()._replace(rewards=rewards))
+        model.train(1)
+        scale, so_far = float(model.reward_scale_tensor), th.cat(seen[: i + 1])
+        expected = 0.2 / so_far.square().mean().sqrt().item() if i > 1 else 1.0
+        assert scale == pytest.approx(expected, rel=1e-5)
+        assert logged(model)["reward_scale"] == pytest.approx(scale, rel=1e-5)
+    model, spike = make_model(), th.zeros(B, 1)
+    spike[0] = 500
+    give_batch(model, monkeypatch, batch()._replace(rewards=th.zeros(B, 1)))
+    for _ in range(200):
+        model.train(1)
+    give_batch(model, monkeypatch, batch()._replace(rewards=spike))
+    model.train(1)
+    assert float(model.reward_scale_tensor) * 500 == pytest.approx(2)
+    assert make_model(reward_scale=0.3).reward_scale_tensor == 0.3
+
+
 def test_data_temperature_is_free_of_the_reward_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     """Q times c gives the same weights and a coefficient times c."""
     coefficients = []
@@ -361,7 +403,7 @@ def test_one_noise_prediction_per_actor_update(monkeypatch: pytest.MonkeyPatch) 
 
 def test_metrics_are_means_since_the_last_log(monkeypatch: pytest.MonkeyPatch) -> None:
     """Over several calls of train(), each metric over the updates that made it; the log after shows none of it again."""
-    model = make_model(policy_delay=2)
+    model = make_model(policy_delay=2, reward_scale=0.2)
     give_batch(model, monkeypatch, batch())
     track = model._track
     tracked: dict[str, list[float]] = {}
