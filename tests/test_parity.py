@@ -185,7 +185,7 @@ def test_reverse_sampling(model: SDAC, monkeypatch: pytest.MonkeyPatch) -> None:
     with th.no_grad():
         q_values = model.critic.min_q(model.critic.encode(array("obs")), array("reverse/x_0"))
     # The authors multiply Q by 5 / alpha; our temperature is alpha times the reward scale of 0.2
-    assert_matches(sm.softmax_weights(q_values, model.reward_scale * ALPHA), "reverse/weights")
+    assert_matches(sm.softmax_weights(q_values, model.reward_scale_tensor * ALPHA), "reverse/weights")
 
     draws = Draws(monkeypatch)
     draws.queue = [t, array("reverse/forward_noise"), array("reverse/noise")]
