@@ -270,7 +270,7 @@ def on_this_machine(runs: list[Run], jobs: int | None, *args: Any) -> Iterator[t
 
 def on_ray(runs: list[Run], gpus: float, *args: Any) -> Iterator[tuple[Run, str, bool]]:
     """
-    Ray's own tasks and not joblib's: those tell nothing before all runs are over, and one lost machine is the end of them.
+    Ray's own tasks and not joblib's, which tell nothing before all runs are over and have no GPU.
 
     :param runs: the runs
     :param gpus: share of a GPU that each run takes

@@ -11,6 +11,7 @@ import argparse
 import functools
 import importlib
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -101,7 +102,7 @@ def add_algorithm(utils: ModuleType) -> None:
     :param utils: ``rl_zoo3.utils``, whose dict of algorithms all of rl_zoo3 shares
     """
     utils.ALGOS["sdac"] = SDAC
-    mend_push_to_hub()
+    mend_hub()
     if COMMANDS["benchmark"] in sys.orig_argv:
         mend_benchmark()
 
@@ -194,11 +195,63 @@ def mend_manager(exp_manager: ModuleType) -> None:
     add_checkpoints(exp_manager)
 
 
-def mend_push_to_hub() -> None:
-    """rl_zoo3.push_to_hub imports a function whose name and type sb3-team-hf-integration 3.2 changed (rl_zoo3 2.9.2)."""
-    hub = importlib.import_module("huggingface_sb3.push_to_hub")
-    if not hasattr(hub, "generate_metadata"):
-        hub.generate_metadata = lambda *args: hub._generate_metadata(*args).to_dict()  # type: ignore[attr-defined]
+def mend_hub() -> None:
+    """
+    Mends ``push_to_hub`` and ``load_from_hub``, written for older clients of the hub (rl_zoo3 2.9.2), and their model card.
+
+    A function has another name and type since sb3-team-hf-integration 3.2, and since huggingface_hub 1.0 a missing file (of an
+    agent without VecNormalize) is no longer the error that is waited for. The card of SDAC says what to install for it.
+    """
+    names = ("huggingface_sb3", "huggingface_sb3.push_to_hub", "huggingface_hub.repocard")
+    sb3_hub, push, repocard = (vars(importlib.import_module(name)) for name in names)
+    load, save_metadata = sb3_hub["load_from_hub"], repocard["metadata_save"]
+    if hasattr(load, "knows_sdac"):
+        return
+
+    @functools.wraps(load)
+    def load_from_hub(*args: Any, **kwargs: Any) -> str:
+        from huggingface_hub.errors import EntryNotFoundError
+        from requests.exceptions import HTTPError
+
+        try:
+            return load(*args, **kwargs)
+        except EntryNotFoundError as error:
+            raise HTTPError(*error.args) from error
+
+    @functools.wraps(save_metadata)
+    def save_metadata_and_usage(path: str | Path, *args: Any, **kwargs: Any) -> None:
+        add_usage(Path(path))
+        save_metadata(path, *args, **kwargs)
+
+    load_from_hub.knows_sdac = True  # type: ignore[attr-defined]
+    sb3_hub["load_from_hub"], repocard["metadata_save"] = load_from_hub, save_metadata_and_usage
+    push.setdefault("generate_metadata", lambda *args: push["_generate_metadata"](*args).to_dict())
+
+
+def add_usage(path: Path) -> None:
+    """
+    Puts what to install for SDAC, and how to load the model in Python, into a model card of rl_zoo3.
+
+    :param path: the card, in the folder that is named like the repository; of another algorithm it stays as it is
+    """
+    card = path.read_text(encoding="utf-8")
+    title = re.search(r"^# \*\*SDAC\*\* Agent playing \*\*(.+)\*\*$", card, re.MULTILINE)
+    if title is None:
+        return
+    (organization,) = set(re.findall(r"-orga (\S+)", card))
+    usage = f"""## Usage (in Python)
+```python
+from huggingface_sb3 import load_from_hub
+from sb3_sdac import SDAC
+
+model = SDAC.load(load_from_hub("{organization}/{path.parent.name}", "sdac-{title[1]}.zip"))
+```
+Loading runs what the file contains, so it has to be allowed: `export TRUST_REMOTE_CODE=True`. If there is a
+`vec_normalize.pkl`, the model expects observations normalised by it, which `rl_zoo3.enjoy` sees to.
+
+## Usage (with SB3 RL Zoo)"""
+    card = card.replace("## Usage (with SB3 RL Zoo)", usage).replace("pip install rl_zoo3", 'pip install "sb3_sdac[zoo]"')
+    path.write_text(card, encoding="utf-8")
 
 
 def mend_benchmark() -> None:

@@ -4,12 +4,14 @@ import argparse
 import gc
 import importlib
 import inspect
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -20,6 +22,7 @@ import numpy as np
 import pytest
 import torch as th
 import yaml
+from hub_standin import Hub
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
@@ -267,10 +270,14 @@ def test_benchmark_finds_enjoy(tmp_path, monkeypatch):
     assert calls == [[sys.executable, "-m", "sb3_sdac.zoo", "enjoy", "--algo", "sdac"], ["python", "enjoy.py"]]
 
 
-def test_push_to_hub_finds_its_function():
-    zoo.mend_push_to_hub()
+def test_hub_mends_touch_nothing_else(tmp_path):
+    zoo.mend_hub()
+    zoo.mend_hub()
     hub = importlib.import_module("huggingface_sb3.push_to_hub")
     assert "Pendulum-v1" in hub.generate_metadata("SDAC", "Pendulum-v1", -150.0, 10.0)["tags"]
+    (tmp_path / "README.md").write_text("# **SAC** Agent playing **Pendulum-v1**\npip install rl_zoo3", encoding="utf-8")
+    zoo.add_usage(tmp_path / "README.md")
+    assert (tmp_path / "README.md").read_text(encoding="utf-8").endswith("pip install rl_zoo3")
 
 
 # === The commands ===
@@ -470,3 +477,71 @@ def test_zoo_run_goes_on_after_sigkill(tmp_path):
     model = load_checkpoint(checkpoints[1], env)
     assert model.replay_buffer.size() * 2 == round(env.ret_rms.count) == model.num_timesteps == 1000
     assert SDAC.load(tmp_path / "logs/sdac/Pendulum-v1_2/Pendulum-v1.zip").num_timesteps == 1000
+
+
+@pytest.mark.slow
+def test_two_processes_search_together(tmp_path, train, capsys):
+    """Each adds its trials to the study in the journal file, and any of them can be trained with."""
+    study = ["--storage", "study/journal.log", "--study-name", "pendulum"]
+    search = ["-optimize", "--n-trials", "1", "--n-startup-trials", "1", "--n-evaluations", "1", "--pruner", "none"]
+    command = [sys.executable, "-m", "sb3_sdac.zoo", "train", *PENDULUM, "-n", "60", "--eval-episodes", "1", *study, *search]
+    command += ["--no-optim-plots", "-params", "learning_starts:50"]
+    settings = {"cwd": tmp_path, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "text": True}
+    processes: list[Any] = []
+    for _ in range(2):
+        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **settings))
+    printed = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], printed
+    assert sorted(re.findall(r"Trial (\d) finished", output) for output in printed) == [["0"], ["1"]]
+
+    train("-n", "30", *study, "--trial-id", "1", env="Pendulum-v1")
+    assert "Loading from Optuna study" in capsys.readouterr().out
+    config = Path("logs/sdac").glob("Pendulum-v1_*/Pendulum-v1/config.yml")
+    assert any("target_ess" in path.read_text(encoding="utf-8") for path in config)
+
+
+# === The hub ===
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub on this machine, which huggingface_hub takes for the real one."""
+    with Hub() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        constants = importlib.import_module("huggingface_hub.constants")
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("HF_TOKEN", "hf_standin")
+        monkeypatch.setenv("TRUST_REMOTE_CODE", "True")
+        yield server
+        server.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # of runpy, for the second command in a process
+@pytest.mark.parametrize("normalize", [False, True])
+def test_push_to_hub_and_load_from_hub(train, hub, monkeypatch, capsys, normalize):
+    """What one user pushes, another loads and sees play; the card's own lines load it, too."""
+    train("-n", "60", env="Pendulum-v1", params=["learning_starts:20", f"normalize:{normalize}"])
+    share = ["--algo", "sdac", "--env", "Pendulum-v1", "-orga", "someone"]
+    monkeypatch.setattr(sys, "argv", ["zoo", "push_to_hub", *share, "-f", "logs", "--no-render", "-m", "The first"])
+    zoo.main()
+    files = hub.files["someone/sdac-Pendulum-v1"]
+    assert hub.messages == ["The first"] and ("vec_normalize.pkl" in files) == normalize
+
+    card, results = files["README.md"].decode(), json.loads(files["results.json"])
+    assert "# **SDAC** Agent playing **Pendulum-v1**" in card and "'learning_starts', 20" in card
+    assert f"value: {results['mean_reward']:.2f} +/- {results['std_reward']:.2f}" in card
+    assert card.count('pip install "sb3_sdac[zoo]"') == 2 and "pip install rl_zoo3" not in card
+    names: dict[str, Any] = {}
+    exec(card.split("```python\n")[1].split("```")[0], names)
+    assert names["model"].num_timesteps == 60
+
+    monkeypatch.setattr(sys, "argv", ["zoo", "load_from_hub", *share, "-f", "loaded"])
+    zoo.main()
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["zoo", "enjoy", *PENDULUM, "-f", "loaded", "--no-render", "-n", "200"])
+    zoo.main()
+    assert "Mean reward" in capsys.readouterr().out
+    assert Path("loaded/sdac/Pendulum-v1_1/Pendulum-v1/vecnormalize.pkl").is_file() == normalize
