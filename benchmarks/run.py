@@ -3,7 +3,7 @@ Training runs of a protocol: configurations x environments x seeds, through rl_z
 
     python benchmarks/run.py benchmarks/short.yml                                    # everything that is not finished
     python benchmarks/run.py benchmarks/short.yml --only SDAC SAC --envs HalfCheetah-v5 --seeds 0 --minutes 110
-    python benchmarks/run.py benchmarks/short.yml --ray auto                         # the same on a Ray cluster
+    python benchmarks/run.py benchmarks/short.yml --ray auto                         # on a Ray cluster (docs/sweep.md)
 
 A run leaves one row per evaluation in ``<results>/<protocol>/<configuration>_<env>_<seed>.csv`` at once, and a checkpoint
 (:mod:`sb3_sdac.checkpoint`) in ``<work>`` every ``--checkpoint-minutes`` and when ``--minutes`` are over.
@@ -23,9 +23,11 @@ import io
 import json
 import os
 import shutil
+import socket
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -255,6 +257,70 @@ def attempt(run: Run, *args: Any) -> tuple[Run, str, bool]:
         return run, f"FAILED\n{traceback.format_exc()}", True
 
 
+def on_this_machine(runs: list[Run], jobs: int | None, *args: Any) -> Iterator[tuple[Run, str, bool]]:
+    """
+    :param runs: the runs
+    :param jobs: how many side by side (None: one per core)
+    :param args: see :func:`train`
+    :return: what :func:`attempt` says, in the order in which they end
+    """
+    parallel = joblib.Parallel(n_jobs=jobs or os.cpu_count(), batch_size=1, return_as="generator_unordered")
+    return parallel(joblib.delayed(attempt)(run, *args) for run in runs)
+
+
+def on_ray(runs: list[Run], gpus: float, *args: Any) -> Iterator[tuple[Run, str, bool]]:
+    """
+    Ray's own tasks and not joblib's, which tell nothing before all runs are over and have no GPU.
+
+    :param runs: the runs
+    :param gpus: share of a GPU that each run takes
+    :param args: see :func:`train`
+    :return: what :func:`attempt` says, in the order in which they end; Ray starts the runs of a lost machine on another
+    """
+    import ray
+
+    task = ray.remote(attempt).options(num_cpus=1, num_gpus=gpus)
+    tasks = {task.remote(run, *args): run for run in runs}
+    while tasks:
+        (ended,), _ = ray.wait(list(tasks))
+        run = tasks.pop(ended)
+        try:
+            yield ray.get(ended)
+        except ray.exceptions.RayError as error:  # lost more than once, or it cannot even be started there
+            yield run, f"FAILED\n{error}", True
+
+
+def connect_to_ray(address: str, jobs: int | None, device: str) -> float:
+    """
+    :param address: of a Ray cluster; 'auto' for the one this machine belongs to, 'local' for a new one on this machine
+    :param jobs: runs side by side on a new one, or on each GPU of any
+    :param device: for the networks
+    :return: share of a GPU that each run takes
+    """
+    try:
+        import ray
+    except ImportError:
+        raise SystemExit('--ray needs Ray: pip install ".[ray]"') from None
+    try:
+        if ":" in address:  # Ray itself would wait for minutes
+            host, port = address.removeprefix("ray://").rsplit(":", 1)
+            socket.create_connection((host, int(port)), timeout=10).close()
+        ray.init(address=address, num_cpus=jobs if address == "local" else None)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise SystemExit(f"--ray {address}: no Ray cluster answers there ({error})") from None
+    if not device.startswith("cuda"):
+        return 0.0
+    if not ray.cluster_resources().get("GPU"):
+        raise SystemExit(f"--device {device}: the Ray cluster has no GPU")
+    return 1 / (jobs or 1)
+
+
+def progress(runs: list[Run]) -> float:
+    """:return: how many runs' worth of environment steps stand in the rows of ``runs``, a started one counting in part"""
+    rows = [run.read_rows() for run in runs]
+    return sum(min(int(own[-1]["env_steps"]) / run.n_timesteps, 1) for run, own in zip(runs, rows, strict=True) if own)
+
+
 def main() -> int:
     """:return: exit status: 1 if a run failed twice"""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -262,7 +328,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", help="configurations to run (default: all)")
     parser.add_argument("--envs", nargs="+", help="environments to run (default: all)")
     parser.add_argument("--seeds", nargs="+", type=int, help="seeds to run (default: all)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side (default: one per core)")
+    parser.add_argument("--jobs", type=int, help="runs side by side (default: one per core); on Ray with cuda: per GPU")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop and checkpoint after this time")
     parser.add_argument("--checkpoint-minutes", type=float, default=15)
     parser.add_argument("--device", default="cpu", help="cpu, or cuda to let the runs share a GPU")
@@ -279,44 +345,25 @@ def main() -> int:
         runs = [run for run in runs if wanted is None or getattr(run, attribute) in wanted]
     todo = [run for run in runs if not run.is_finished()]
     print(f"{len(runs) - len(todo)} of {len(runs)} runs are finished")
-    deadline = time.time() + 60 * args.minutes
+    begin, done_before = time.time(), progress(runs)
+    arguments = (begin + 60 * args.minutes, 60 * args.checkpoint_minutes, args.device)
+    gpus = connect_to_ray(args.ray, args.jobs, args.device) if args.ray is not None else 0.0
 
-    backend: Any = contextlib.nullcontext()
-    if args.ray is not None:
-        backend = ray_backend(args.ray)
-    with backend:  # entered once: it holds for the second try, too
-        for last_try in (False, True):
-            again = []
-            parallel = joblib.Parallel(
-                n_jobs=args.jobs, batch_size=1, return_as="generator_unordered" if not args.ray else "list"
-            )
-            jobs = (joblib.delayed(attempt)(run, deadline, 60 * args.checkpoint_minutes, args.device) for run in todo)
-            for run, outcome, has_failed in parallel(jobs):
-                print(f"{run.name}: {outcome}", flush=True)
-                again += [run] * has_failed
-            if not again or last_try:
-                break
-            print(f"{len(again)} runs failed, once more")
-            todo = again
+    for last_try in (False, True):
+        again = []
+        outcomes = on_ray(todo, gpus, *arguments) if args.ray else on_this_machine(todo, args.jobs, *arguments)
+        for run, outcome, has_failed in outcomes:
+            again += [run] * has_failed
+            done = progress(runs)
+            minutes_each = (time.time() - begin) / 60 / max(done - done_before, 1e-9)
+            finished = sum(run.is_finished() for run in runs)
+            left = f", about {(len(runs) - done) * minutes_each:.0f} min left" if done > done_before else ""
+            print(f"{run.name}: {outcome}\n{finished} of {len(runs)} finished, {len(again)} failed{left}", flush=True)
+        if not again or last_try:
+            break
+        print(f"{len(again)} runs failed, once more")
+        todo = again
     return 1 if again else 0
-
-
-def ray_backend(address: str) -> Any:
-    """
-    :param address: of a Ray cluster; 'auto' for the one this machine belongs to, 'local' for a new one on this machine
-    :return: context in which joblib's jobs run there
-    """
-    try:
-        import ray
-        from ray.util.joblib import register_ray
-    except ImportError:
-        raise SystemExit("--ray needs Ray: pip install ray") from None
-    try:
-        ray.init(address=address, log_to_driver=True)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise SystemExit(f"--ray {address}: no Ray cluster answers there ({error})") from None
-    register_ray()
-    return joblib.parallel_config("ray")
 
 
 if __name__ == "__main__":

@@ -58,8 +58,23 @@ def save_checkpoint(model: OffPolicyAlgorithm, path: str | Path) -> None:
     temporary.replace(path)
 
 
+def is_checkpoint(path: str | Path) -> bool:
+    """
+    :param path: a file that need not exist
+    :return: whether :func:`save_checkpoint` made it, and not ``model.save``
+    """
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return "state.json" in archive.namelist()
+
+
 def load_checkpoint(
-    path: str | Path, env: GymEnv, algorithm: type[OffPolicyAlgorithm] = SDAC, device: th.device | str = "auto"
+    path: str | Path,
+    env: GymEnv,
+    algorithm: type[OffPolicyAlgorithm] = SDAC,
+    device: th.device | str = "auto",
+    **kwargs: Any,
 ) -> OffPolicyAlgorithm:
     """
     A model that goes on where :func:`save_checkpoint` left it, after a reset of the environments::
@@ -74,6 +89,7 @@ def load_checkpoint(
     :param env: as many environments of the same spaces, wrapped in a VecNormalize if there was one (it is set)
     :param algorithm: class of the model
     :param device: where to put the networks
+    :param kwargs: arguments of the algorithm's constructor to change, as in its ``load``
     :return: the model
     :raises ValueError: if the file is not a complete checkpoint, or does not fit the environment or the algorithm
     """
@@ -86,7 +102,7 @@ def load_checkpoint(
             state = json.loads(archive.read("state.json"))
             if state["version"] != _VERSION:
                 raise ValueError(f"{path} is a checkpoint of version {state['version']}, this sb3_sdac reads {_VERSION}")
-            model = algorithm.load(io.BytesIO(archive.read("model.zip")), env=env, device=device)
+            model = algorithm.load(io.BytesIO(archive.read("model.zip")), env=env, device=device, **kwargs)
             if model.replay_buffer is not None and "replay_buffer" in state:
                 _load_buffer(model.replay_buffer, state["replay_buffer"], archive)
             _load_normalize(model.get_vec_normalize_env(), archive)
@@ -159,7 +175,7 @@ def _load_buffer(buffer: ReplayBuffer, state: dict[str, Any], archive: zipfile.Z
     if (buffer.buffer_size, buffer.n_envs) != (state["size"], state["n_envs"]):
         raise ValueError(
             f"The checkpoint is of {state['n_envs']} environments with a replay buffer of {state['size']} rows, but here are "
-            f"{buffer.n_envs} and {buffer.buffer_size}: give load_checkpoint as many environments as trained before"
+            f"{buffer.n_envs} and {buffer.buffer_size}: go on with as many environments and the same buffer_size"
         )
     for name, array in _buffer_arrays(buffer).items():
         with archive.open(f"replay_buffer/{name}.npy") as file:

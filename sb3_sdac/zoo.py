@@ -1,5 +1,5 @@
 """
-Everything that touches rl_zoo3: SDAC in its list of algorithms, a search space, the embedded hyperparameters.
+Everything that touches rl_zoo3: SDAC in its list of algorithms, a search space, the embedded hyperparameters, checkpoints.
 
 An installed package registers itself, see :mod:`sb3_sdac_zoo_hook`. Where that start-up hook is not at work (an editable
 install, a checkout), this is ``python -m rl_zoo3.train --algo sdac --env Pendulum-v1`` after :func:`register`::
@@ -11,18 +11,21 @@ import argparse
 import functools
 import importlib
 import os
+import re
 import runpy
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from sb3_sdac.checkpoint import SaveCheckpoint, is_checkpoint, load_checkpoint
 from sb3_sdac.sdac import SDAC
 
 if TYPE_CHECKING:
     import optuna
+    from stable_baselines3.common.vec_env import VecEnv
 
 _INSTALLED = Path(__file__).with_name("hyperparams")
 #: The folder with ``sdac.yml`` and ``sdac_paper.yml``: inside the installed package, beside it in a checkout
@@ -98,7 +101,7 @@ def add_algorithm(utils: ModuleType) -> None:
     :param utils: ``rl_zoo3.utils``, whose dict of algorithms all of rl_zoo3 shares
     """
     utils.ALGOS["sdac"] = SDAC
-    mend_push_to_hub()
+    mend_hub()
     if COMMANDS["benchmark"] in sys.orig_argv:
         mend_benchmark()
 
@@ -137,11 +140,117 @@ def add_config(exp_manager: ModuleType) -> None:
     manager.read_hyperparameters = read_hyperparameters
 
 
-def mend_push_to_hub() -> None:
-    """rl_zoo3.push_to_hub imports a function whose name and type sb3-team-hf-integration 3.2 changed (rl_zoo3 2.9.2)."""
-    hub = importlib.import_module("huggingface_sb3.push_to_hub")
-    if not hasattr(hub, "generate_metadata"):
-        hub.generate_metadata = lambda *args: hub._generate_metadata(*args).to_dict()  # type: ignore[attr-defined]
+def add_checkpoints(exp_manager: ModuleType) -> None:
+    """
+    Makes ``--save-freq`` keep a ``checkpoint.zip`` beside the models, and ``-i .../checkpoint.zip`` go on from it.
+
+    What rl_zoo3 does with ``-i`` and a model is another thing, and stays as it is: a new run of ``-n`` steps that begins with
+    the model's networks. With a checkpoint ``-n`` is the length of the whole run, so the interrupted command is repeated.
+
+    :param exp_manager: ``rl_zoo3.exp_manager``
+    """
+    manager = exp_manager.ExperimentManager
+    load_agent, learn = manager._load_pretrained_agent, manager.learn
+    if hasattr(learn, "keeps_checkpoints"):
+        return
+
+    @functools.wraps(load_agent)
+    def load_agent_or_checkpoint(self: Any, hyperparams: dict[str, Any], env: "VecEnv") -> Any:
+        if self.algo != "sdac" or not is_checkpoint(self.trained_agent):
+            return load_agent(self, hyperparams, env)
+        # As rl_zoo3 treats a model: the architecture is the file's, the other hyperparameters are the command's. Its seed is
+        # not used, as the random states are the file's
+        changed = {name: value for name, value in hyperparams.items() if name not in ("policy", "policy_kwargs")}
+        changed |= {"tensorboard_log": self.tensorboard_log, "verbose": self.verbose}
+        model = load_checkpoint(self.trained_agent, env, device=self.device, **changed)
+        if model.num_timesteps >= self.n_timesteps:
+            raise ValueError(
+                f"{self.trained_agent} is at {model.num_timesteps} steps, and the whole run has {self.n_timesteps}: there is "
+                "nothing left to train. Give a larger -n, or the model instead of the checkpoint to begin a new run with it"
+            )
+        print(f"Going on at {model.num_timesteps} of {self.n_timesteps} steps")
+        return model
+
+    @functools.wraps(learn)
+    def learn_with_checkpoints(self: Any, model: Any) -> None:
+        if self.algo != "sdac":
+            return learn(self, model)
+        # With copied infos the buffer holds Python objects, which no checkpoint can
+        if self.save_freq > 0 and not getattr(model.replay_buffer, "copy_info_dict", False):
+            steps = self.save_freq * self.n_envs  # rl_zoo3 has made steps of all environments of it
+            self.callbacks.append(SaveCheckpoint(Path(self.save_path) / "checkpoint.zip", steps))
+        if is_checkpoint(self.trained_agent):
+            self.n_timesteps -= model.num_timesteps
+            model = SimpleNamespace(learn=functools.partial(model.learn, reset_num_timesteps=False), env=model.env)
+        return learn(self, model)
+
+    learn_with_checkpoints.keeps_checkpoints = True  # type: ignore[attr-defined]
+    manager._load_pretrained_agent, manager.learn = load_agent_or_checkpoint, learn_with_checkpoints
+
+
+def mend_manager(exp_manager: ModuleType) -> None:
+    """:param exp_manager: ``rl_zoo3.exp_manager``"""
+    add_config(exp_manager)
+    add_checkpoints(exp_manager)
+
+
+def mend_hub() -> None:
+    """
+    Mends ``push_to_hub`` and ``load_from_hub``, written for older clients of the hub (rl_zoo3 2.9.2), and their model card.
+
+    A function has another name and type since sb3-team-hf-integration 3.2, and since huggingface_hub 1.0 a missing file (of an
+    agent without VecNormalize) is no longer the error that is waited for. The card of SDAC says what to install for it.
+    """
+    names = ("huggingface_sb3", "huggingface_sb3.push_to_hub", "huggingface_hub.repocard")
+    sb3_hub, push, repocard = (vars(importlib.import_module(name)) for name in names)
+    load, save_metadata = sb3_hub["load_from_hub"], repocard["metadata_save"]
+    if hasattr(load, "knows_sdac"):
+        return
+
+    @functools.wraps(load)
+    def load_from_hub(*args: Any, **kwargs: Any) -> str:
+        from huggingface_hub.errors import EntryNotFoundError
+        from requests.exceptions import HTTPError
+
+        try:
+            return load(*args, **kwargs)
+        except EntryNotFoundError as error:
+            raise HTTPError(*error.args) from error
+
+    @functools.wraps(save_metadata)
+    def save_metadata_and_usage(path: str | Path, *args: Any, **kwargs: Any) -> None:
+        add_usage(Path(path))
+        save_metadata(path, *args, **kwargs)
+
+    load_from_hub.knows_sdac = True  # type: ignore[attr-defined]
+    sb3_hub["load_from_hub"], repocard["metadata_save"] = load_from_hub, save_metadata_and_usage
+    push.setdefault("generate_metadata", lambda *args: push["_generate_metadata"](*args).to_dict())
+
+
+def add_usage(path: Path) -> None:
+    """
+    Puts what to install for SDAC, and how to load the model in Python, into a model card of rl_zoo3.
+
+    :param path: the card, in the folder that is named like the repository; of another algorithm it stays as it is
+    """
+    card = path.read_text(encoding="utf-8")
+    title = re.search(r"^# \*\*SDAC\*\* Agent playing \*\*(.+)\*\*$", card, re.MULTILINE)
+    if title is None:
+        return
+    (organization,) = set(re.findall(r"-orga (\S+)", card))
+    usage = f"""## Usage (in Python)
+```python
+from huggingface_sb3 import load_from_hub
+from sb3_sdac import SDAC
+
+model = SDAC.load(load_from_hub("{organization}/{path.parent.name}", "sdac-{title[1]}.zip"))
+```
+Loading runs what the file contains, so it has to be allowed: `export TRUST_REMOTE_CODE=True`. If there is a
+`vec_normalize.pkl`, the model expects observations normalised by it, which `rl_zoo3.enjoy` sees to.
+
+## Usage (with SB3 RL Zoo)"""
+    card = card.replace("## Usage (with SB3 RL Zoo)", usage).replace("pip install rl_zoo3", 'pip install "sb3_sdac[zoo]"')
+    path.write_text(card, encoding="utf-8")
 
 
 def mend_benchmark() -> None:
@@ -160,7 +269,7 @@ def mend_benchmark() -> None:
 REGISTRATIONS: dict[str, Callable[[ModuleType], None]] = {
     "rl_zoo3.utils": add_algorithm,
     "rl_zoo3.hyperparams_opt": add_search_space,
-    "rl_zoo3.exp_manager": add_config,
+    "rl_zoo3.exp_manager": mend_manager,
 }
 
 

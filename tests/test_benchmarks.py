@@ -1,6 +1,7 @@
 """The training harness: runs of a protocol, interruption and resumption, results and report."""
 
 import csv
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,25 @@ def test_a_failed_run_is_reported_and_tried_again(tmp_path: Path) -> None:
     assert process.returncode == 1
     assert process.stdout.count("tau must be a number between 0 and 1, got 7") == 2
     assert "SAC, Pendulum-v1, seed 0: finished" in process.stdout
+    assert re.search("1 of 2 finished, 1 failed, about [0-9]+ min left", process.stdout)
+
+
+def test_runs_on_ray(tmp_path: Path) -> None:
+    """In a cluster of this machine: its processes import what they need, and an error comes back like any other."""
+    configurations = {"SDAC": PROTOCOL["configurations"]["SDAC"], "SAC": {"algo": "sac", "tau": "x"}}  # type: ignore[index]
+    protocol = {**PROTOCOL, "n_timesteps": 200, "eval_freq": 100, "configurations": configurations}
+    process = train(tmp_path, "--ray", "local", "--jobs", "1", protocol=protocol)
+    assert process.returncode == 1, process.stderr
+    assert "SAC, Pendulum-v1, seed 0: FAILED" in process.stdout and "in attempt" in process.stdout
+    assert "SDAC, Pendulum-v1, seed 0: finished\n1 of 2 finished" in process.stdout
+    assert [int(row["env_steps"]) for row in rows(tmp_path, "SDAC")] == [100, 200]
+
+
+@pytest.mark.parametrize("port", ["1", "x"])
+def test_no_ray_cluster(tmp_path: Path, port: str) -> None:
+    process = train(tmp_path, "--ray", f"127.0.0.1:{port}")
+    assert process.returncode == 1
+    assert re.search(rf"--ray 127\.0\.0\.1:{port}: no Ray cluster answers there \(.*(refused|invalid literal)", process.stderr)
 
 
 def test_unknown_names_are_refused(tmp_path: Path) -> None:

@@ -1,21 +1,33 @@
 """rl_zoo3 with SDAC: the embedded hyperparameters, the search space, and the commands as a user types them."""
 
 import argparse
+import gc
 import importlib
 import inspect
+import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import gymnasium as gym
+import numpy as np
 import pytest
+import torch as th
 import yaml
+from hub_standin import Hub
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_sdac import PAPER_DPMD, PAPER_SDAC, SDAC, zoo
+from sb3_sdac.checkpoint import load_checkpoint
 
 rl_zoo3 = pytest.importorskip("rl_zoo3", reason='needs pip install ".[zoo]"')
 hook = importlib.import_module("sb3_sdac_zoo_hook")
@@ -258,10 +270,14 @@ def test_benchmark_finds_enjoy(tmp_path, monkeypatch):
     assert calls == [[sys.executable, "-m", "sb3_sdac.zoo", "enjoy", "--algo", "sdac"], ["python", "enjoy.py"]]
 
 
-def test_push_to_hub_finds_its_function():
-    zoo.mend_push_to_hub()
+def test_hub_mends_touch_nothing_else(tmp_path):
+    zoo.mend_hub()
+    zoo.mend_hub()
     hub = importlib.import_module("huggingface_sb3.push_to_hub")
     assert "Pendulum-v1" in hub.generate_metadata("SDAC", "Pendulum-v1", -150.0, 10.0)["tags"]
+    (tmp_path / "README.md").write_text("# **SAC** Agent playing **Pendulum-v1**\npip install rl_zoo3", encoding="utf-8")
+    zoo.add_usage(tmp_path / "README.md")
+    assert (tmp_path / "README.md").read_text(encoding="utf-8").endswith("pip install rl_zoo3")
 
 
 # === The commands ===
@@ -342,3 +358,190 @@ def test_zoo_hook_switched_off(tmp_path, monkeypatch):
     monkeypatch.setenv("SB3_SDAC_NO_ZOO_HOOK", "1")
     assert "invalid choice: 'sdac'" in run_module("rl_zoo3.train", "--algo", "sdac", cwd=tmp_path, expect=2)
     assert "sdac" in run_module("sb3_sdac.zoo", "train", "--help", cwd=tmp_path)
+
+
+# === Checkpoints ===
+
+
+class Walk(gym.Env):
+    """Episodes of 20 steps that always begin in the same state and draw from the generator on every step."""
+
+    observation_space = gym.spaces.Box(-99, 99, (1,))
+    action_space = gym.spaces.Box(-1, 1, (1,))
+    interrupt_at = 10**9
+    steps = 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.place = np.zeros(1, np.float32)
+        return self.place, {}
+
+    def step(self, action):
+        self.steps += 1
+        if self.steps == self.interrupt_at:
+            raise KeyboardInterrupt
+        self.place = self.place + action.astype(np.float32) + self.np_random.standard_normal(1, np.float32)
+        return self.place, -abs(self.place.item()), False, self.steps % 20 == 0, {}
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch):
+    """``python -m rl_zoo3.train --algo sdac`` in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(gym.registry, "Walk-v0", gym.envs.registration.EnvSpec("Walk-v0", f"{__name__}:Walk"))
+
+    def run(*arguments, env="Walk-v0", params=("learning_starts:20",), algo="sdac"):
+        command = ["zoo", "train", "--algo", algo, "--env", env, "--num-threads", "1", "--eval-freq", "-1", *arguments]
+        small = ["batch_size:16", "buffer_size:200", "policy_kwargs:dict(net_arch=[8])"]
+        monkeypatch.setattr(sys, "argv", [*command, "-params", *small, *params])
+        zoo.main()
+
+    return run
+
+
+def test_resumed_zoo_run_is_bit_equal(train, monkeypatch, capsys):
+    """Interrupted between two checkpoints, and continued by the same command with another seed, against a run in one piece."""
+    command = ["-n", "100", "--save-freq", "60"]
+    train(*command, "--seed", "1")
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(Walk, "interrupt_at", 75)
+        train(*command, "--seed", "1")
+    assert Path("logs/sdac/Walk-v0_2/rl_model_60_steps.zip").is_file()  # SB3's own, as ever
+    train(*command, "--seed", "2", "-i", "logs/sdac/Walk-v0_2/checkpoint.zip")
+    assert "Going on at 60 of 100 steps" in capsys.readouterr().out
+
+    whole, resumed = (load_checkpoint(f"logs/sdac/Walk-v0_{run}/checkpoint.zip", make_vec_env(Walk)) for run in (1, 3))
+    assert resumed.num_timesteps == whole.num_timesteps == 100 and resumed._n_updates == whole._n_updates == 80
+    assert SDAC.load("logs/sdac/Walk-v0_3/Walk-v0.zip").num_timesteps == 100
+    for name, part in whole.get_parameters().items():
+        th.testing.assert_close(resumed.get_parameters()[name], part, rtol=0, atol=0)
+    for name in ("observations", "actions", "rewards"):
+        np.testing.assert_array_equal(getattr(resumed.replay_buffer, name), getattr(whole.replay_buffer, name))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # rl_zoo3's monitor files of refused runs
+def test_zoo_checkpoint_or_model(train):
+    """A checkpoint goes on with what the command says, or refuses it; a model begins a new run, as ever in rl_zoo3."""
+    train("-n", "60", "--save-freq", "30")
+    checkpoint = "logs/sdac/Walk-v0_1/checkpoint.zip"
+    train("-n", "30", "-i", "logs/sdac/Walk-v0_1/rl_model_30_steps.zip")
+    assert SDAC.load("logs/sdac/Walk-v0_2/Walk-v0.zip").num_timesteps == 30
+    train("-n", "70", "-i", checkpoint, params=["tau:0.5"])
+    changed = SDAC.load("logs/sdac/Walk-v0_3/Walk-v0.zip")
+    assert (changed.num_timesteps, changed.tau, changed.learning_starts) == (70, 0.5, 20)
+    with pytest.raises(ValueError, match=r"checkpoint\.zip is at 60 steps, and the whole run has 60.*larger -n"):
+        train("-n", "60", "-i", checkpoint)
+    with pytest.raises(ValueError, match="Observation spaces do not match"):
+        train("-n", "70", "-i", checkpoint, env="Pendulum-v1")
+    with pytest.raises(ValueError, match="of 1 environments with a replay buffer of 200 rows, but here are 2 and 100"):
+        train("-n", "70", "-i", checkpoint, params=["n_envs:2"])
+    with pytest.raises(ValueError, match="of a run with no VecNormalize"):
+        train("-n", "70", "-i", checkpoint, params=["normalize:True"])
+    gc.collect()  # while their warnings are ignored
+
+
+def test_no_zoo_checkpoint_of_what_has_none(train, manager):
+    train("-n", "30", "--save-freq", "30", algo="sac")
+    assert {path.name for path in Path("logs/sac/Walk-v0_1").glob("*.zip")} == {"Walk-v0.zip", "rl_model_30_steps.zip"}
+
+    experiment = manager()
+    experiment.save_freq, experiment.n_timesteps = 10, 0
+    buffer, env = SimpleNamespace(copy_info_dict=True), SimpleNamespace(close=lambda: None)
+    experiment.learn(SimpleNamespace(replay_buffer=buffer, env=env, learn=lambda n_timesteps, **kwargs: None))
+    assert experiment.callbacks == []
+
+
+@pytest.mark.slow
+def test_zoo_run_goes_on_after_sigkill(tmp_path):
+    """Killed while it trains, with two environments and VecNormalize; the same command with -i comes to the end."""
+    params = ["n_envs:2", "normalize:True", "learning_starts:50", "batch_size:16", "policy_kwargs:dict(net_arch=[8])"]
+    command = [sys.executable, "-m", "sb3_sdac.zoo", "train", *PENDULUM, "-n", "1000", "--save-freq", "100"]
+    command += ["--eval-freq", "400", "--eval-episodes", "1", "--num-threads", "1", "-params", *params]
+    settings = {"cwd": tmp_path, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "text": True}
+    checkpoints = [tmp_path / f"logs/sdac/Pendulum-v1_{run}/checkpoint.zip" for run in (1, 2)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **settings) as process:
+        while not checkpoints[0].exists() and process.poll() is None:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        printed, _ = process.communicate()
+    assert process.returncode == -signal.SIGKILL, printed
+
+    env = VecNormalize(make_vec_env("Pendulum-v1", n_envs=2))
+    model: Any = load_checkpoint(checkpoints[0], env)
+    reached = model.num_timesteps
+    assert 100 <= reached < 1000
+    assert model.replay_buffer.size() * 2 == round(env.ret_rms.count) == reached  # nothing lost, nothing twice
+    resume = subprocess.run([*command, "-i", checkpoints[0]], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **settings)
+    assert resume.returncode == 0, resume.stdout
+    assert f"Going on at {reached} of 1000 steps" in resume.stdout
+    model = load_checkpoint(checkpoints[1], env)
+    assert model.replay_buffer.size() * 2 == round(env.ret_rms.count) == model.num_timesteps == 1000
+    assert SDAC.load(tmp_path / "logs/sdac/Pendulum-v1_2/Pendulum-v1.zip").num_timesteps == 1000
+
+
+@pytest.mark.slow
+def test_two_processes_search_together(tmp_path, train, capsys):
+    """Each adds its trials to the study in the journal file, and any of them can be trained with."""
+    study = ["--storage", "study/journal.log", "--study-name", "pendulum"]
+    search = ["-optimize", "--n-trials", "1", "--n-startup-trials", "1", "--n-evaluations", "1", "--pruner", "none"]
+    command = [sys.executable, "-m", "sb3_sdac.zoo", "train", *PENDULUM, "-n", "60", "--eval-episodes", "1", *study, *search]
+    command += ["--no-optim-plots", "-params", "learning_starts:50"]
+    settings = {"cwd": tmp_path, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "text": True}
+    processes: list[Any] = []
+    for _ in range(2):
+        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **settings))
+    printed = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], printed
+    assert sorted(re.findall(r"Trial (\d) finished", output) for output in printed) == [["0"], ["1"]]
+
+    train("-n", "30", *study, "--trial-id", "1", env="Pendulum-v1")
+    assert "Loading from Optuna study" in capsys.readouterr().out
+    config = Path("logs/sdac").glob("Pendulum-v1_*/Pendulum-v1/config.yml")
+    assert any("target_ess" in path.read_text(encoding="utf-8") for path in config)
+
+
+# === The hub ===
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub on this machine, which huggingface_hub takes for the real one."""
+    with Hub() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        constants = importlib.import_module("huggingface_hub.constants")
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("HF_TOKEN", "hf_standin")
+        monkeypatch.setenv("TRUST_REMOTE_CODE", "True")
+        yield server
+        server.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # of runpy, for the second command in a process
+@pytest.mark.parametrize("normalize", [False, True])
+def test_push_to_hub_and_load_from_hub(train, hub, monkeypatch, capsys, normalize):
+    """What one user pushes, another loads and sees play; the card's own lines load it, too."""
+    train("-n", "60", env="Pendulum-v1", params=["learning_starts:20", f"normalize:{normalize}"])
+    share = ["--algo", "sdac", "--env", "Pendulum-v1", "-orga", "someone"]
+    monkeypatch.setattr(sys, "argv", ["zoo", "push_to_hub", *share, "-f", "logs", "--no-render", "-m", "The first"])
+    zoo.main()
+    files = hub.files["someone/sdac-Pendulum-v1"]
+    assert hub.messages == ["The first"] and ("vec_normalize.pkl" in files) == normalize
+
+    card, results = files["README.md"].decode(), json.loads(files["results.json"])
+    assert "# **SDAC** Agent playing **Pendulum-v1**" in card and "'learning_starts', 20" in card
+    assert f"value: {results['mean_reward']:.2f} +/- {results['std_reward']:.2f}" in card
+    assert card.count('pip install "sb3_sdac[zoo]"') == 2 and "pip install rl_zoo3" not in card
+    names: dict[str, Any] = {}
+    exec(card.split("```python\n")[1].split("```")[0], names)
+    assert names["model"].num_timesteps == 60
+
+    monkeypatch.setattr(sys, "argv", ["zoo", "load_from_hub", *share, "-f", "loaded"])
+    zoo.main()
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["zoo", "enjoy", *PENDULUM, "-f", "loaded", "--no-render", "-n", "200"])
+    zoo.main()
+    assert "Mean reward" in capsys.readouterr().out
+    assert Path("loaded/sdac/Pendulum-v1_1/Pendulum-v1/vecnormalize.pkl").is_file() == normalize
