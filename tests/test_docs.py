@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from sb3_sdac import zoo
+
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", *DOCS]
@@ -45,6 +47,7 @@ def help_of(*command: str) -> str:
         warnings.simplefilter("ignore")
         try:
             if command[0] == "-m":
+                zoo.register()  # what the start-up hook of an installed package does
                 sys.argv = ["", *command[2:], "--help"]
                 runpy.run_module(command[1], run_name="__main__", alter_sys=True)
             else:
