@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import csv
 import hashlib
+import inspect
 import io
 import json
 import os
@@ -60,8 +61,12 @@ class Run:
 
     @property
     def config_hash(self) -> str:
-        """Of what decides the outcome, so that rows of different hyperparameters are never mixed up."""
+        """Of what decides the outcome, so that rows of different hyperparameters, or defaults of ours, are never mixed up."""
+        from sb3_sdac import SDAC
+
         config = {"algo": self.algo, **self.hyperparams}
+        if self.algo == "sdac":
+            config["defaults"] = str(inspect.signature(SDAC))
         return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:10]
 
     def read_rows(self) -> list[dict[str, str]]:
