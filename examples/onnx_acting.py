@@ -47,4 +47,4 @@ def main(path: str, env_id: str, n_episodes: int = 10) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    main(sys.argv[1], sys.argv[2])

@@ -224,7 +224,7 @@ def export_onnx(model: SDAC, path: str | Path, vec_normalize: VecNormalize | Non
     the output ``"actions"`` has the action space's shape. The first axis of all is the batch, of any size.
 
     Where two particles are of the same value up to float32 rounding, the two runtimes may choose differently, as PyTorch
-    itself may with another batch size.
+    itself may with another batch size (``docs/export.md`` has figures).
 
     :param model: trained SDAC
     :param path: the file; what is there is replaced once the new one is complete
@@ -305,8 +305,8 @@ def _compare(actor: DeterministicActor, session: Any, batch_size: int) -> None:
     particles, q_values = actor.candidates(obs)
     differences = (th.as_tensor(found).unsqueeze(1) - particles).abs() / (0.5 * (actor.high - actor.low))
     differences = differences.flatten(2).amax(2)  # (B, N, ...) -> (B, N)
-    # The first denoising step multiplies the rounding of the predicted noise by 1 / sqrt(abar), 436 with linear betas (DDPM, below
-    # equation 15): one observation in fifty notices, also if PyTorch itself changes the size of the batch
+    # The first denoising step multiplies the rounding of the predicted noise by 1 / sqrt(abar), 436 with linear betas (DDPM,
+    # below equation 15): one observation in fifty notices, also when PyTorch itself changes the size of the batch
     gain = actor.policy.actor.diffusion.sqrt_recip_alphas_cumprod[-1].item()
     rounding = 1e-5 + 10 * gain * th.finfo(th.float32).eps
     as_good = q_values >= q_values.amax(1, keepdim=True) - rounding * (1 + q_values.abs().amax(1, keepdim=True))

@@ -24,7 +24,7 @@ from sb3_sdac import SDAC, export
 from sb3_sdac.export import DeterministicActor, export_onnx
 
 ROOT = Path(__file__).parents[1]
-#: With the betas that amplify rounding least, so that little of it may be allowed, and noise with which random networks reach few corners
+#: Betas that amplify rounding least, and noise with which random networks reach few corners of the box
 SMALL: dict[str, Any] = {
     "policy_kwargs": {"net_arch": [16]},
     "buffer_size": 10,
@@ -77,7 +77,7 @@ def make_model(observation_space: spaces.Space, normalize: dict[str, Any] | None
         env.reset()
         for _ in range(20):
             env.step(np.zeros((1, 2), dtype=np.float32))
-    policy = {spaces.Dict: "MultiInputPolicy"}.get(type(observation_space), "MlpPolicy")
+    policy = "MultiInputPolicy" if isinstance(observation_space, spaces.Dict) else "MlpPolicy"
     policy = "CnnPolicy" if observation_space is IMAGE else policy
     with th.random.fork_rng():
         th.manual_seed(0)
