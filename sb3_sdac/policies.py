@@ -469,7 +469,9 @@ class DiffusionPolicy(BasePolicy):
         if particles.shape[1] == 1:
             return particles.squeeze(1)
         best = self.critic.min_q(encoded_critic, particles).argmax(dim=1)  # (B, N) -> (B,)
-        return th.take_along_dim(particles, best.view(-1, 1, 1), dim=1).squeeze(1)  # (B, N, A) -> (B, A)
+        # gather, as torch.export takes take_along_dim for a fixed batch size
+        best = best.view(-1, 1, 1).expand(-1, 1, particles.shape[2])
+        return particles.gather(1, best).squeeze(1)  # (B, N, A) -> (B, A)
 
     def explore(self, actions: th.Tensor) -> th.Tensor:
         """

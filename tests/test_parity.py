@@ -22,7 +22,8 @@ from torch import nn
 from sb3_sdac import PAPER_DPMD, PAPER_SDAC, SDAC
 from sb3_sdac import score_matching as sm
 from sb3_sdac.diffusion import GaussianDiffusion, cosine_betas, linear_betas
-from sb3_sdac.networks import CriticEnsemble, EnsembleLinear, Mish, NoisePredictor
+from sb3_sdac.networks import EnsembleLinear, Mish, NoisePredictor
+from sb3_sdac.official import Layers, set_critics, set_noise_predictor
 
 ARRAYS = np.load(Path(__file__).parent / "data" / "official_sdac.npz")
 OBS_DIM, ACTION_DIM, WIDTH, BATCH, N, K, T = ARRAYS["meta/obs_dim_act_dim_hidden_B_P_K_T"].tolist()
@@ -48,18 +49,11 @@ def layer_name(index: int) -> str:
     return "linear" if index == 0 else f"linear_{index}"
 
 
-def load_noise_predictor(net: NoisePredictor) -> None:
-    for index, layer in enumerate(noise_predictor_layers(net)):
-        layer.weight.data = array(f"actor/dacer_policy_net/{layer_name(index)}/w").T.contiguous()
-        layer.bias.data = array(f"actor/dacer_policy_net/{layer_name(index)}/b")
-
-
-def load_critics(critics: CriticEnsemble, names: tuple[str, str]) -> None:
-    layers = [module for module in [critics.first, *critics.rest] if isinstance(module, EnsembleLinear)]
-    for index, layer in enumerate(layers):
-        for kind, parameter in (("w", layer.weight), ("b", layer.bias)):
-            stacked = th.stack([array(f"{name}/q_net/{layer_name(index)}/{kind}") for name in names])
-            parameter.data = stacked.view(parameter.shape)
+def official_layers(prefix: str) -> Layers:
+    """A network's arrays, as a checkpoint of the authors has them."""
+    count = sum(name.startswith(f"{prefix}/linear") and name.endswith("/w") for name in ARRAYS)
+    names = [f"{prefix}/{layer_name(index)}" for index in range(count)]
+    return [(ARRAYS[f"{name}/w"], ARRAYS[f"{name}/b"]) for name in names]
 
 
 class ReferenceEnv(gym.Env[np.ndarray, np.ndarray]):
@@ -75,11 +69,11 @@ def make_model(preset: dict[str, Any]) -> SDAC:
     arguments = {**preset, **sizes, "policy_kwargs": policy_kwargs, "mixed_precision": False}
     model = SDAC("MlpPolicy", ReferenceEnv(), **arguments)
     model.set_logger(configure(None, []))
-    load_noise_predictor(model.actor.noise_predictor)
-    load_critics(model.critic.q_networks, ("q1", "q2"))
+    set_noise_predictor(model.actor.noise_predictor, official_layers("actor/dacer_policy_net"))
+    set_critics(model.critic.q_networks, [official_layers("q1/q_net"), official_layers("q2/q_net")])
     assert model.critic_target is not None
-    assert model.critic_target is not None
-    load_critics(model.critic_target.q_networks, ("target_q1", "target_q2"))
+    targets = [official_layers("target_q1/q_net"), official_layers("target_q2/q_net")]
+    set_critics(model.critic_target.q_networks, targets)
     model.policy.log_ent_coef.data.fill_(np.log(ALPHA))
     return model
 
