@@ -17,7 +17,7 @@ import sb3_sdac
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sb3_sdac"
 #: Each may import the ones before it
-LAYERS = ["diffusion", "score_matching", "networks", "policies", "sdac", "checkpoint", "zoo"]
+LAYERS = ["diffusion", "score_matching", "networks", "policies", "sdac", "checkpoint", "plotting", "zoo"]
 DATA = ["sb3_sdac/py.typed", "sb3_sdac/version.txt", "sb3_sdac/hyperparams/sdac.yml", "sb3_sdac/hyperparams/sdac_paper.yml"]
 HOOK = ["sb3_sdac_zoo_hook.pth", "sb3_sdac_zoo_hook.py"]
 
