@@ -19,7 +19,7 @@ PACKAGE = ROOT / "sb3_sdac"
 #: Each may import the ones before it
 LAYERS = [
     *["diffusion", "score_matching", "networks", "policies", "compilation", "sdac"],
-    *["checkpoint", "export", "official", "zoo"],
+    *["checkpoint", "export", "official", "plotting", "zoo"],
 ]
 DATA = ["sb3_sdac/py.typed", "sb3_sdac/version.txt", "sb3_sdac/hyperparams/sdac.yml", "sb3_sdac/hyperparams/sdac_paper.yml"]
 HOOK = ["sb3_sdac_zoo_hook.pth", "sb3_sdac_zoo_hook.py"]
