@@ -186,13 +186,13 @@ def draw_picture(samples: dict[str, dict[str, th.Tensor]], path: Path) -> None:
     columns = len(next(iter(samples.values())))
     figure = Figure(figsize=(2.1 * columns, 2.1 * len(samples)), layout="constrained")
     axes = figure.subplots(len(samples), columns, sharex=True, sharey=True, squeeze=False)
+    for axis, method in zip(axes[0], next(iter(samples.values())), strict=True):
+        axis.set_title(method, fontsize=9)
     for row, (density, by_method) in zip(axes, samples.items(), strict=True):
         row[0].set_ylabel(density)
-        for axis, (method, x) in zip(row, by_method.items(), strict=True):
+        for axis, x in zip(row, by_method.values(), strict=True):
             axis.hist2d(*x.T.numpy(), bins=60, range=[[-HALF_BOX, HALF_BOX]] * 2, cmap="magma")
             axis.set(aspect="equal", xticks=[], yticks=[])
-            if row is axes[0]:
-                axis.set_title(method, fontsize=9)
     figure.savefig(path, dpi=80)
 
 
