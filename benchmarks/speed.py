@@ -200,7 +200,9 @@ def table(results: dict[str, dict[str, list[float]]], first: dict[str, dict[str,
             if key == "learn":  # a rate, not a time
                 cells.append(f"{1 / statistics.median(values):.3g} ({1 / statistics.median(ratios):.2f})")
             else:
-                cells.append(f"{1e3 * statistics.median(values):.3g} ms ({statistics.median(ratios):.1f})")
+                median = 1e3 * statistics.median(values)
+                cells.append(f"{median:.0f} ms" if median > 100 else f"{median:.3g} ms")
+                cells[-1] += f" ({statistics.median(ratios):.1f})"
         own = first[name]
         cells += [f"{own['first_update_cold']:.1f} / {own['first_update_warm']:.1f} s", f"{own['peak_memory_MiB']:.0f} MiB"]
         lines.append(f"| {name} | {' | '.join(cells)} |")
