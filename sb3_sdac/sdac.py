@@ -444,12 +444,14 @@ class SDAC(OffPolicyAlgorithm):
         # TD target: without an entropy term, as in the authors' code
         current_q_values, next_q_values = self._q_values(replay_data, next_actions)  # (C, B), (C, B)
         next_q_values = next_q_values.amin(dim=0).unsqueeze(1)  # (C, B) -> (B, 1)
-        rewards = self._track_reward_scale(replay_data.rewards) * replay_data.rewards
-        target_q_values = rewards + (1 - replay_data.dones) * discounts * next_q_values
+        reward_scale = self._track_reward_scale(replay_data.rewards)
+        target_q_values = reward_scale * replay_data.rewards + (1 - replay_data.dones) * discounts * next_q_values
 
         # Critic loss: the squared TD error of each critic
         critic_loss = (current_q_values - target_q_values.squeeze(1)).square().mean(dim=1).sum()
         metrics = {"critic_loss": critic_loss, "q_value": current_q_values.mean()}
+        if isinstance(reward_scale, th.Tensor):
+            metrics["reward_scale"] = reward_scale
         self.critic.optimizer.zero_grad()
         critic_loss.backward()
         for _ in range(self.critic_steps - 1):
@@ -469,8 +471,6 @@ class SDAC(OffPolicyAlgorithm):
             metrics.update(actor_loss=actor_loss, reverse_ess=reverse_ess)
         if self.score_matching == "mirror_descent":
             self._track_q_statistics(self.critic.min_q(encoded_critic, next_actions).detach())
-        if isinstance(self.reward_scale, str):
-            metrics["reward_scale"] = th.as_tensor(self.reward_scale_tensor)
 
         self.critic.optimizer.step()
         if step_actor:
@@ -852,12 +852,8 @@ class SDAC(OffPolicyAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         aliases = ["actor", "actor_target", "critic", "critic_target", "batch_norm_stats", "batch_norm_stats_target"]
-        aliases += [
-            "_metrics",
-            "_mixed_precision",
-            "_noise_predictor",
-            "_run_update",
-        ]  # made anew: the other machine may not have bfloat16
+        # Made anew: the other machine may have neither bfloat16 nor a compiler
+        aliases += ["_metrics", "_mixed_precision", "_noise_predictor", "_run_update"]
         return [*super()._excluded_save_params(), *aliases]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
