@@ -66,7 +66,7 @@ MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 #: Argument of SDAC -> its values; the others keep their defaults
 SWEEPS: dict[str, list[int]] = {
     "n_target_particles": [1, 2, 4, 8, 16, 32],
-    "n_reverse_samples": [8, 16, 32, 64],  # target_ess must exceed 1 / K
+    "n_reverse_samples": [4, 8, 16, 32, 64],  # target_ess must exceed 1 / K
     "n_sampling_steps": [1, 5, 10, 15, 20],
     "n_diffusion_steps": [5, 20, 50, 100],
     "batch_size": [64, 128, 256, 512, 1024],

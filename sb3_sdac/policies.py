@@ -72,7 +72,7 @@ class Actor(BasePolicy):
         n_sampling_steps: int = 5,
         eta: float = 0.0,
         init_noise_scale: float = 0.5,
-        beta_schedule: str = "linear",
+        beta_schedule: str = "vp",
         n_particles: int = 1,
     ):
         super().__init__(
@@ -309,7 +309,7 @@ class DiffusionPolicy(BasePolicy):
     :param n_sampling_steps: denoising steps taken to draw an action, between 1 and T
     :param eta: 0 for deterministic denoising (DDIM) up to 1 for ancestral sampling (DDPM)
     :param init_noise_scale: standard deviation of x_T, from which denoising starts
-    :param beta_schedule: ``"linear"``, ``"cosine"`` or ``"vp"``
+    :param beta_schedule: ``"vp"``, ``"linear"`` or ``"cosine"``
     :param n_particles: N, particles among which the critics choose when acting
     :param exploration_noise: standard deviation of the normal noise added to explore, in units of the half box
     :param scale_noise_by_ent_coef: multiply ``exploration_noise`` with the entropy coefficient
@@ -342,7 +342,7 @@ class DiffusionPolicy(BasePolicy):
         n_sampling_steps: int = 5,
         eta: float = 0.0,
         init_noise_scale: float = 0.5,
-        beta_schedule: str = "linear",
+        beta_schedule: str = "vp",
         n_particles: int = 4,
         exploration_noise: float = 0.1,
         scale_noise_by_ent_coef: bool = False,

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
@@ -41,6 +41,8 @@ SelfSDAC = TypeVar("SelfSDAC", bound="SDAC")
 
 #: Share of each batch's solution that the temperature set from data takes over: a memory of about 20 actor updates
 TEMPERATURE_RATE = 0.05
+#: Length of the returns where SB3 has a replay buffer for more than one step
+DEFAULT_N_STEPS = 2
 #: With ``reward_scale="auto"``: root mean square of the scaled rewards, and the most that a single one may be
 REWARD_RMS, REWARD_MAX = 0.2, 2.0
 #: Moving average of Q's mean and standard deviation in the mirror-descent loss (official DPMD)
@@ -115,12 +117,13 @@ class SDAC(OffPolicyAlgorithm):
     :param replay_buffer_class: replay buffer, for instance ``HerReplayBuffer``; chosen automatically if ``None``
     :param replay_buffer_kwargs: its keyword arguments
     :param optimize_memory_usage: store observations once instead of twice, at the cost of more complexity
-    :param n_steps: length of n-step returns
+    :param n_steps: length of n-step returns; ``None`` for 2, or 1 where SB3 has none: with observations that are a ``Dict``,
+        ``optimize_memory_usage`` or a ``replay_buffer_class`` of your own
     :param n_diffusion_steps: T, the number of steps of the diffusion, at least 1
     :param n_sampling_steps: denoising steps taken whenever an action is drawn, between 1 and T
     :param eta: 0 for deterministic denoising (DDIM) up to 1 for ancestral sampling (DDPM, the paper)
     :param init_noise_scale: standard deviation of x_T, from which denoising starts; positive
-    :param beta_schedule: ``"linear"`` (the paper), ``"cosine"`` or ``"vp"``
+    :param beta_schedule: ``"vp"`` (variance-preserving SDE), ``"linear"`` (the paper) or ``"cosine"``
     :param n_particles: N, particles among which the critics choose when acting, at least 1
     :param n_target_particles: the same for the actions of the update; ``None`` for ``n_particles``
     :param n_reverse_samples: K, candidates for x_0 per noisy action, at least 2
@@ -198,20 +201,20 @@ class SDAC(OffPolicyAlgorithm):
         replay_buffer_class: type[ReplayBuffer] | None = None,
         replay_buffer_kwargs: dict[str, Any] | None = None,
         optimize_memory_usage: bool = False,
-        n_steps: int = 1,
+        n_steps: int | None = None,
         n_diffusion_steps: int = 20,
         n_sampling_steps: int = 5,
         eta: float = 0.0,
         init_noise_scale: float = 0.5,
-        beta_schedule: str = "linear",
+        beta_schedule: str = "vp",
         n_particles: int = 4,
         n_target_particles: int | None = 1,
-        n_reverse_samples: int = 8,
+        n_reverse_samples: int = 4,
         score_matching: str = "gradient_assisted",
         proposal: str = "truncated_normal",
         anchor: str = "next",
         ent_coef: float | str = "auto",
-        target_ess: float = 0.2,
+        target_ess: float = 0.35,
         exploration_noise: float = 0.1,
         scale_noise_by_ent_coef: bool = False,
         clip_target_actions: bool = True,
@@ -251,7 +254,7 @@ class SDAC(OffPolicyAlgorithm):
             replay_buffer_class=replay_buffer_class,
             replay_buffer_kwargs=replay_buffer_kwargs,
             optimize_memory_usage=optimize_memory_usage,
-            n_steps=n_steps,
+            n_steps=n_steps,  # type: ignore[arg-type]
             policy_kwargs=policy_kwargs,
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
@@ -299,6 +302,7 @@ class SDAC(OffPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         self._check_arguments()
+        self._setup_n_steps()
         # What the policy must know to act travels in its keyword arguments; those that the user gave are kept apart, as
         # `load` compares them
         policy_kwargs, buffer_size = self.policy_kwargs, self.buffer_size
@@ -330,6 +334,15 @@ class SDAC(OffPolicyAlgorithm):
         self.reward_statistics = th.zeros(3, device=self.device)
         self.q_running_mean = th.zeros((), device=self.device)
         self.q_running_std = th.ones((), device=self.device)
+
+    def _setup_n_steps(self) -> None:
+        """The length of the returns if that was left open, and the replay buffer for it."""
+        if self.n_steps is None:
+            own = self.replay_buffer_class is not None or self.optimize_memory_usage
+            self.n_steps = 1 if own or isinstance(self.observation_space, spaces.Dict) else DEFAULT_N_STEPS
+        elif self.n_steps > 1 and self.replay_buffer_class is NStepReplayBuffer:
+            # What SB3 chose before the model was saved; given it again, SB3 would warn that it ignores n_steps
+            self.replay_buffer_class = None
 
     def _diffusion_kwargs(self) -> dict[str, Any]:
         names = ["n_diffusion_steps", "n_sampling_steps", "eta", "init_noise_scale", "beta_schedule", "n_particles"]
@@ -886,10 +899,10 @@ class SDAC(OffPolicyAlgorithm):
                     f"{name} is an argument of SDAC itself, not of its policy: give {name}=... instead of {given}"
                 )
         counts = ["n_diffusion_steps", "n_sampling_steps", "n_particles", "policy_delay", "target_update_interval"]
-        counts += ["critic_steps", "batch_size", "buffer_size", "n_steps"]
+        counts += ["critic_steps", "batch_size", "buffer_size"]
         self._check(is_count, "an integer of at least 1", *counts)
-        if self.n_target_particles is not None:
-            self._check(is_count, "an integer of at least 1, or None", "n_target_particles")
+        allowed = "an integer of at least 1, or None"
+        self._check(lambda value: value is None or is_count(value), allowed, "n_target_particles", "n_steps")
         # Python's integers where SB3 wants them
         self.gradient_steps, self.train_freq = _as_int(self.gradient_steps), _as_int(self.train_freq)
         allowed = "an integer of at least -1"

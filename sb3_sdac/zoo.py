@@ -65,9 +65,9 @@ def sample_sdac_params(trial: "optuna.Trial", n_actions: int, n_envs: int, addit
         "batch_size_pow": trial.suggest_int("batch_size_pow", 6, 9),
         "tau": trial.suggest_float("tau", 0.001, 0.08, log=True),
         "net_arch": trial.suggest_categorical("net_arch", ["small", "medium", "large"]),
-        "target_ess": trial.suggest_float("target_ess", 0.15, 0.7),
+        "target_ess": trial.suggest_float("target_ess", 0.3, 0.7),
         "n_particles": trial.suggest_categorical("n_particles", [1, 2, 4, 8]),
-        "n_reverse_samples": trial.suggest_categorical("n_reverse_samples", [8, 16, 32]),  # target_ess > 1/8
+        "n_reverse_samples": trial.suggest_categorical("n_reverse_samples", [4, 8, 16]),  # target_ess > 1/4
         "n_sampling_steps": trial.suggest_categorical("n_sampling_steps", [3, 5, 10]),
         "policy_delay": trial.suggest_int("policy_delay", 1, 3),
         "exploration_noise": trial.suggest_float("exploration_noise", 0.02, 0.5, log=True),

@@ -91,7 +91,7 @@ def test_actions_without_a_choice() -> None:
     assert mixed.dtype == th.float32
     differences = (mixed - actions).abs()
     assert 0 < differences.mean() < 2e-3
-    assert differences.flatten().quantile(0.99) < 2e-3
+    assert differences.flatten().quantile(0.99) < 1e-2
     assert (differences.amax(dim=1) > 0.01).float().mean() < 0.03
 
 

@@ -216,7 +216,7 @@ def test_search_space(her_kwargs):
         assert loaded == sampled
         SDAC("MlpPolicy", "Pendulum-v1", **sampled)
     # The corner that the constructor might refuse
-    fixed = optuna.trial.FixedTrial({**trial.params, "target_ess": 0.15, "n_reverse_samples": 8})
+    fixed = optuna.trial.FixedTrial({**trial.params, "target_ess": 0.3, "n_reverse_samples": 4})
     corner = zoo.sample_sdac_params(fixed, 1, 1, additional_args)
     corner.pop("replay_buffer_kwargs", None)  # of a buffer that Pendulum-v1 cannot have
     SDAC("MlpPolicy", "Pendulum-v1", **corner)
