@@ -338,7 +338,7 @@ class SDAC(OffPolicyAlgorithm):
     def _setup_n_steps(self) -> None:
         """The length of the returns if that was left open, and the replay buffer for it."""
         if self.n_steps is None:
-            own = self.replay_buffer_class is not None or self.optimize_memory_usage
+            own = self.replay_buffer_class is not None or self.optimize_memory_usage  # type: ignore[unreachable]
             self.n_steps = 1 if own or isinstance(self.observation_space, spaces.Dict) else DEFAULT_N_STEPS
         elif self.n_steps > 1 and self.replay_buffer_class is NStepReplayBuffer:
             # What SB3 chose before the model was saved; given it again, SB3 would warn that it ignores n_steps
