@@ -83,14 +83,16 @@ def make_models(seed: int, learning_starts: int = 5000) -> dict[str, OffPolicyAl
     net = {"net_arch": [64, 64], "activation_fn": nn.ReLU}
     # n_particles: the best of several would nearly always lie at the goal that happens to lead. ent_coef: as large as the
     # critics' errors, where "auto" sets one so low that the leading goal takes all. batch_norm: target critics err less here.
-    # reward_scale: the learning rate was chosen for critics in this unit
+    # The rest: with what the learning rate was chosen
     sdac_kwargs: dict[str, Any] = {
         "n_particles": 1,
         "n_reverse_samples": 16,
         "ent_coef": 2.0,
         "batch_norm": False,
-        "reward_scale": 0.2,
         "tau": 0.01,
+        "reward_scale": 0.2,
+        "n_steps": 1,
+        "beta_schedule": "linear",
     }
     return {
         "SDAC": SDAC("MlpPolicy", MultiGoalEnv(), policy_kwargs=dict(net), **sdac_kwargs, **common),
