@@ -32,7 +32,7 @@ def read_results(folder: Path) -> pd.DataFrame:
     files = sorted(folder.glob("*.csv"))
     if not files:
         raise SystemExit(f"{folder} holds no results yet: run benchmarks/run.py first")
-    rows = pd.concat([pd.read_csv(file) for file in files], ignore_index=True)
+    rows = pd.concat([pd.read_csv(file, dtype={"returns": str}) for file in files], ignore_index=True)
     rows["return"] = [np.mean([float(value) for value in returns.split()]) for returns in rows["returns"]]
     return rows
 
@@ -127,7 +127,7 @@ def aggregate(table: pd.DataFrame, order: list[str]) -> str:
 
     :param table: see :func:`scores`
     :param order: configurations in the order of the protocol
-    :return: a Markdown table, or nothing where no two configurations have the same seeds in every environment
+    :return: a Markdown table, or what is missing for one
     """
     reference = table[table["configuration"] == "SAC"].groupby("env")["score"].mean()
     envs = [env for env in table["env"].drop_duplicates() if reference.get(env, 0) > 0]
@@ -138,7 +138,10 @@ def aggregate(table: pd.DataFrame, order: list[str]) -> str:
         if len(matrix) and envs:
             matrices[name] = (matrix / reference[envs]).to_numpy()  # (seeds, environments)
     if "SDAC" not in matrices or len(matrices) < 2:
-        return ""
+        return (
+            "No interquartile mean and probability of improvement: they take finished runs of configurations named SDAC and "
+            "SAC, of the same seed in every environment, and environments in which SAC's score is positive.\n"
+        )
     lines = ["| configuration | interquartile mean, SAC = 1 (95 % interval) | P(SDAC better) |", "| --- | --- | --- |"]
     state = np.random.RandomState(0)
     points, intervals = library.get_interval_estimates(

@@ -320,6 +320,23 @@ def connect_to_ray(address: str, jobs: int | None, device: str) -> float:
     return 1 / (jobs or 1)
 
 
+def check_algorithms(runs: list[Run]) -> None:
+    """
+    :param runs: the runs
+    :raises SystemExit: if one's algorithm is unknown, or has no replay buffer that a checkpoint could be of
+    """
+    import rl_zoo3.utils
+    from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+
+    from sb3_sdac import zoo
+
+    zoo.add_algorithm(rl_zoo3.utils)
+    known = [name for name, algorithm in rl_zoo3.utils.ALGOS.items() if issubclass(algorithm, OffPolicyAlgorithm)]
+    for run in runs:
+        if run.algo not in known:
+            raise SystemExit(f"{run.configuration}: algo must be one of the off-policy algorithms {known}, got {run.algo!r}")
+
+
 def progress(runs: list[Run]) -> float:
     """:return: how many runs' worth of environment steps stand in the rows of ``runs``, a started one counting in part"""
     rows = [run.read_rows() for run in runs]
@@ -348,6 +365,7 @@ def main() -> int:
         if wanted is not None and not set(wanted) <= known:
             parser.error(f"--{option}: {sorted(set(wanted) - known)} not in {args.protocol}, which has {sorted(known)}")
         runs = [run for run in runs if wanted is None or getattr(run, attribute) in wanted]
+    check_algorithms(runs)
     todo = [run for run in runs if not run.is_finished()]
     print(f"{len(runs) - len(todo)} of {len(runs)} runs are finished")
     begin, done_before = time.time(), progress(runs)

@@ -26,7 +26,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_sdac.sdac import SDAC
 
-_VERSION = 1
+_VERSION = 2
 
 
 def save_checkpoint(model: OffPolicyAlgorithm, path: str | Path) -> None:
@@ -35,8 +35,10 @@ def save_checkpoint(model: OffPolicyAlgorithm, path: str | Path) -> None:
 
     :param model: to be saved between two updates, as :class:`SaveCheckpoint` does
     :param path: the file; what is there is replaced once the new one is complete
-    :raises ValueError: if the replay buffer holds something else than numbers (HER with ``copy_info_dict=True``)
+    :raises ValueError: if the algorithm has no replay buffer, as PPO, or one that holds something else than numbers (HER with
+        ``copy_info_dict=True``)
     """
+    _check_algorithm(type(model))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".new")
@@ -46,7 +48,7 @@ def save_checkpoint(model: OffPolicyAlgorithm, path: str | Path) -> None:
             zipped = io.BytesIO()
             model.save(zipped)
             archive.writestr("model.zip", zipped.getvalue())
-            state: dict[str, Any] = {"version": _VERSION, "random": _random_state(model)}
+            state: dict[str, Any] = {"version": _VERSION, "algorithm": type(model).__name__, "random": _random_state(model)}
             if model.replay_buffer is not None:
                 state["replay_buffer"] = _save_buffer(model.replay_buffer, archive)
             normalize = model.get_vec_normalize_env()
@@ -93,6 +95,7 @@ def load_checkpoint(
     :return: the model
     :raises ValueError: if the file is not a complete checkpoint, or does not fit the environment or the algorithm
     """
+    _check_algorithm(algorithm)
     path = Path(path)
     try:
         with zipfile.ZipFile(path) as archive:
@@ -102,6 +105,10 @@ def load_checkpoint(
             state = json.loads(archive.read("state.json"))
             if state["version"] != _VERSION:
                 raise ValueError(f"{path} is a checkpoint of version {state['version']}, this sb3_sdac reads {_VERSION}")
+            if state["algorithm"] != algorithm.__name__:
+                raise ValueError(
+                    f"{path} holds a model of {state['algorithm']}, not of {algorithm.__name__}: give that as algorithm=..."
+                )
             model = algorithm.load(io.BytesIO(archive.read("model.zip")), env=env, device=device, **kwargs)
             if model.replay_buffer is not None and "replay_buffer" in state:
                 _load_buffer(model.replay_buffer, state["replay_buffer"], archive)
@@ -112,6 +119,13 @@ def load_checkpoint(
         ) from error
     _set_random_state(model, state["random"])
     return model
+
+
+def _check_algorithm(algorithm: type) -> None:
+    if not issubclass(algorithm, OffPolicyAlgorithm):
+        raise ValueError(
+            f"A checkpoint is of an off-policy algorithm such as SDAC or SAC, got {algorithm.__name__}: use its own save, load"
+        )
 
 
 class SaveCheckpoint(BaseCallback):
@@ -131,6 +145,7 @@ class SaveCheckpoint(BaseCallback):
         self._saved_at = 0
 
     def _on_training_start(self) -> None:
+        _check_algorithm(type(self.model))
         self._saved_at = self.num_timesteps
 
     def _on_rollout_start(self) -> None:  # the updates of the last rollout are done

@@ -838,7 +838,10 @@ class SDAC(OffPolicyAlgorithm):
                 raise
             # SB3 meets a ValueError of load_state_dict with an attempt to read an old DQN, whose KeyError says nothing
             reason = error.__context__ if isinstance(error, KeyError) and error.__context__ is not None else error
-            raise ValueError(f"{path} cannot be loaded, it is damaged or of another architecture: {reason!r}") from error
+            raise ValueError(
+                f"{path} cannot be loaded, it is damaged, of another architecture, or a checkpoint, for which there is "
+                f"sb3_sdac.checkpoint.load_checkpoint: {reason!r}"
+            ) from error
         if model.ent_coef != model._saved_ent_coef:  # changed by `kwargs`, while the saved policy holds the former coefficient
             if model.ent_coef != "auto":  # which is where "auto" goes on from
                 model._setup_temperature()

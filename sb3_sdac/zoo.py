@@ -63,7 +63,6 @@ def sample_sdac_params(trial: "optuna.Trial", n_actions: int, n_envs: int, addit
         "learning_rate": trial.suggest_float("learning_rate", 1e-5, 2e-3, log=True),
         "one_minus_gamma": trial.suggest_float("one_minus_gamma", 1e-4, 0.03, log=True),
         "batch_size_pow": trial.suggest_int("batch_size_pow", 6, 9),
-        "tau": trial.suggest_float("tau", 0.001, 0.08, log=True),
         "net_arch": trial.suggest_categorical("net_arch", ["small", "medium", "large"]),
         "target_ess": trial.suggest_float("target_ess", 0.3, 0.7),
         "n_particles": trial.suggest_categorical("n_particles", [1, 2, 4, 8]),
@@ -249,7 +248,8 @@ Loading runs what the file contains, so it has to be allowed: `export TRUST_REMO
 `vec_normalize.pkl`, the model expects observations normalised by it, which `rl_zoo3.enjoy` sees to.
 
 ## Usage (with SB3 RL Zoo)"""
-    card = card.replace("## Usage (with SB3 RL Zoo)", usage).replace("pip install rl_zoo3", 'pip install "sb3_sdac[zoo]"')
+    card = card.replace("## Usage (with SB3 RL Zoo)", usage)
+    card = card.replace("pip install rl_zoo3", 'pip install ".[zoo]"  # in a checkout of sb3_sdac')
     path.write_text(card, encoding="utf-8")
 
 

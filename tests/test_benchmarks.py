@@ -77,12 +77,16 @@ def test_runs_resume_and_are_reported(tmp_path: Path) -> None:
 def test_a_failed_run_is_reported_and_tried_again(tmp_path: Path) -> None:
     """The others go on; the exit status says that something failed."""
     configurations = {"SDAC": {"algo": "sdac", "tau": 7}, "SAC": PROTOCOL["configurations"]["SAC"]}  # type: ignore[index]
-    broken = {**PROTOCOL, "n_timesteps": 200, "eval_freq": 100, "configurations": configurations}
+    broken = {**PROTOCOL, "n_timesteps": 200, "eval_freq": 100, "eval_episodes": 1, "configurations": configurations}
     process = train(tmp_path, "--jobs", "1", protocol=broken)
     assert process.returncode == 1
     assert process.stdout.count("tau must be a number between 0 and 1, got 7") == 2
     assert "SAC, Pendulum-v1, seed 0: finished" in process.stdout
     assert re.search("1 of 2 finished, 1 failed, about [0-9]+ min left", process.stdout)
+
+    process = run("report.py", tmp_path, protocol=broken)
+    assert process.returncode == 0, process.stderr
+    assert "| Pendulum-v1 | SAC |" in process.stdout and "No interquartile mean" in process.stdout
 
 
 def test_runs_on_ray(tmp_path: Path) -> None:
@@ -107,3 +111,6 @@ def test_unknown_names_are_refused(tmp_path: Path) -> None:
     process = train(tmp_path, "--envs", "Ant-v5")
     assert process.returncode == 2 and "['Ant-v5'] not in" in process.stderr
     assert run("report.py", tmp_path).returncode == 1
+    for algo in ("ppo", "sdca"):
+        process = train(tmp_path, protocol={**PROTOCOL, "configurations": {"X": {"algo": algo}}})
+        assert process.returncode == 1 and f"got '{algo}'" in process.stderr and "'sdac'" in process.stderr

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from stable_baselines3 import SAC, HerReplayBuffer
+from stable_baselines3 import PPO, SAC, HerReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecNormalize
@@ -197,6 +197,23 @@ def test_other_environments_are_refused(checkpoint: Path) -> None:
         load_checkpoint(checkpoint, make_vec_env("Pendulum-v1", n_envs=3))
     with pytest.raises(ValueError, match="of a run with no VecNormalize"):
         load_checkpoint(checkpoint, VecNormalize(make_vec_env("Pendulum-v1", n_envs=2)))
+
+
+def test_other_algorithms_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    env = make_vec_env("Pendulum-v1", n_envs=2)
+    with pytest.raises(ValueError, match="holds a model of SDAC, not of SAC"):
+        load_checkpoint(checkpoint, env, SAC)
+    model = PPO("MlpPolicy", env, n_steps=8, batch_size=8)
+    for attempt in (
+        lambda: save_checkpoint(model, tmp_path / "ppo.zip"),  # type: ignore[arg-type]
+        lambda: model.learn(8, callback=SaveCheckpoint(tmp_path / "ppo.zip", 8)),
+        lambda: load_checkpoint(checkpoint, env, PPO),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(ValueError, match="off-policy algorithm such as SDAC or SAC, got PPO"):
+            attempt()  # type: ignore[no-untyped-call]
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="load_checkpoint"):
+        SDAC.load(checkpoint)
 
 
 def test_nothing_is_lost_when_saving_fails(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -533,7 +533,7 @@ def test_push_to_hub_and_load_from_hub(train, hub, monkeypatch, capsys, normaliz
     card, results = files["README.md"].decode(), json.loads(files["results.json"])
     assert "# **SDAC** Agent playing **Pendulum-v1**" in card and "'learning_starts', 20" in card
     assert f"value: {results['mean_reward']:.2f} +/- {results['std_reward']:.2f}" in card
-    assert card.count('pip install "sb3_sdac[zoo]"') == 2 and "pip install rl_zoo3" not in card
+    assert card.count('pip install ".[zoo]"') == 2 and "pip install rl_zoo3" not in card
     names: dict[str, Any] = {}
     exec(card.split("```python\n")[1].split("```")[0], names)
     assert names["model"].num_timesteps == 60
