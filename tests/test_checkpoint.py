@@ -210,7 +210,7 @@ def test_other_algorithms_are_refused(checkpoint: Path, tmp_path: Path) -> None:
         lambda: load_checkpoint(checkpoint, env, PPO),  # type: ignore[arg-type]
     ):
         with pytest.raises(ValueError, match="off-policy algorithm such as SDAC or SAC, got PPO"):
-            attempt()  # type: ignore[no-untyped-call]
+            attempt()
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="load_checkpoint"):
         SDAC.load(checkpoint)
