@@ -96,6 +96,8 @@ def last_in_float32(layers: nn.Sequential, x: th.Tensor) -> th.Tensor:
     :param x: input
     :return: output, float32
     """
+    if not layers:  # net_arch=[]: the first layer was the only one
+        return x.float()
     *hidden, last = layers
     for layer in hidden:
         x = layer(x)
@@ -165,6 +167,26 @@ class NoisePredictor(nn.Module):
         return last_in_float32(self.rest, hidden + (encoded + encoded_t).to(hidden.dtype))
 
 
+class BatchStatistics(nn.Module):
+    """
+    What batch normalisation learns and remembers, under PyTorch's names, without the count of batches that loading a bare
+    dictionary into ``nn.BatchNorm1d`` would ask for. Momentum and epsilon of CrossQ.
+
+    :param n_features: channels
+    """
+
+    running_mean: th.Tensor
+    running_var: th.Tensor
+    momentum, eps = 0.01, 1e-3
+
+    def __init__(self, n_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(th.ones(n_features))
+        self.bias = nn.Parameter(th.zeros(n_features))
+        self.register_buffer("running_mean", th.zeros(n_features))
+        self.register_buffer("running_var", th.ones(n_features))
+
+
 class EnsembleLinear(nn.Module):
     """
     Linear layers side by side, one per member, as one batched matrix product; optionally with normalised inputs.
@@ -180,10 +202,7 @@ class EnsembleLinear(nn.Module):
         self.weight = nn.Parameter(th.empty(n_members, in_features, out_features))
         self.bias = nn.Parameter(th.zeros(n_members, 1, out_features))
         lecun_normal_(self.weight, in_features)
-        self.norm: nn.BatchNorm1d | None = None
-        if batch_norm:  # momentum and epsilon of CrossQ
-            self.norm = nn.BatchNorm1d(n_members * in_features, eps=1e-3, momentum=0.01)
-            self.norm.register_buffer("num_batches_tracked", None)  # only counts
+        self.norm = BatchStatistics(n_members * in_features) if batch_norm else None
 
     def folded(self) -> tuple[th.Tensor, th.Tensor]:
         """
@@ -196,9 +215,8 @@ class EnsembleLinear(nn.Module):
         scale, shift = self._scale_and_shift(self.norm)
         return scale.mT * self.weight, th.baddbmm(self.bias, shift, self.weight)
 
-    def _scale_and_shift(self, norm: nn.BatchNorm1d) -> tuple[th.Tensor, th.Tensor]:
+    def _scale_and_shift(self, norm: BatchStatistics) -> tuple[th.Tensor, th.Tensor]:
         """:return: what the running statistics multiply the inputs with and add to them, each of shape (C, 1, in)"""
-        assert norm.running_mean is not None and norm.running_var is not None
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         shift = norm.bias - norm.running_mean * scale
         n_members, in_features, _ = self.weight.shape
@@ -222,7 +240,7 @@ class EnsembleLinear(nn.Module):
         :return: shape (C, M, out)
         """
         norm = self.norm
-        assert norm is not None and norm.momentum is not None
+        assert norm is not None
         # (C, M, in) -> (M, C * in): every input of every member is a channel of its own
         flat = x.transpose(0, 1).flatten(1)
         flat = F.batch_norm(flat, norm.running_mean, norm.running_var, norm.weight, norm.bias, True, norm.momentum, norm.eps)
