@@ -24,6 +24,7 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecNormalize
 
+from sb3_sdac.buffers import ARRAYS, DeviceReplayBuffer
 from sb3_sdac.sdac import SDAC
 
 _VERSION = 2
@@ -163,8 +164,10 @@ class SaveCheckpoint(BaseCallback):
         self._saved_at = self.num_timesteps
 
 
-def _buffer_arrays(buffer: ReplayBuffer) -> dict[str, np.ndarray]:
-    """Every array of the buffer by its name, those of Dict observations by ``name/key``."""
+def _buffer_arrays(buffer: ReplayBuffer) -> dict[str, Any]:
+    """Every array of the buffer by its name, those of Dict observations by ``name/key``; tensors if they are on the device."""
+    if isinstance(buffer, DeviceReplayBuffer):
+        return {name: getattr(buffer, name) for name in ARRAYS}
     arrays = {name: value for name, value in vars(buffer).items() if isinstance(value, np.ndarray) and value.dtype != object}
     for name, value in vars(buffer).items():
         if isinstance(value, dict) and value and all(isinstance(array, np.ndarray) for array in value.values()):
@@ -181,6 +184,7 @@ def _save_buffer(buffer: ReplayBuffer, archive: zipfile.ZipFile) -> dict[str, An
         )
     for name, array in _buffer_arrays(buffer).items():
         part = array[:filled] if len(array) == buffer.buffer_size else array
+        part = part.cpu() if isinstance(part, th.Tensor) else part
         with archive.open(f"replay_buffer/{name}.npy", "w", force_zip64=True) as file:
             np.lib.format.write_array(cast(BinaryIO, file), np.ascontiguousarray(part), allow_pickle=False)
     return {"pos": buffer.pos, "full": buffer.full, "size": buffer.buffer_size, "n_envs": buffer.n_envs}
@@ -195,7 +199,7 @@ def _load_buffer(buffer: ReplayBuffer, state: dict[str, Any], archive: zipfile.Z
     for name, array in _buffer_arrays(buffer).items():
         with archive.open(f"replay_buffer/{name}.npy") as file:
             saved = np.lib.format.read_array(cast(BinaryIO, file), allow_pickle=False)
-        array[: len(saved)] = saved
+        array[: len(saved)] = th.from_numpy(saved) if isinstance(array, th.Tensor) else saved
     buffer.pos, buffer.full = state["pos"], state["full"]
 
 

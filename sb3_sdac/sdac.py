@@ -33,6 +33,7 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from torch import nn
 
 from sb3_sdac import score_matching as sm
+from sb3_sdac.buffers import DeviceReplayBuffer, fits_on_device
 from sb3_sdac.compilation import GraphedUpdate, compiled, set_learning_rate
 from sb3_sdac.diffusion import BETA_SCHEDULES
 from sb3_sdac.policies import Actor, CnnPolicy, Critic, DiffusionPolicy, MlpPolicy, MultiInputPolicy, is_count
@@ -114,7 +115,8 @@ class SDAC(OffPolicyAlgorithm):
     :param train_freq: update every ``train_freq`` steps, or ``(5, "step")``, ``(2, "episode")``
     :param gradient_steps: updates after each rollout; -1 for as many as environment steps were made in it
     :param action_noise: further noise added to the actions, cf. ``stable_baselines3.common.noise``
-    :param replay_buffer_class: replay buffer, for instance ``HerReplayBuffer``; chosen automatically if ``None``
+    :param replay_buffer_class: replay buffer, for instance ``HerReplayBuffer``; ``None`` for SB3's, or on CUDA
+        :class:`~sb3_sdac.buffers.DeviceReplayBuffer` where it can be used and takes at most half of the GPU's free memory
     :param replay_buffer_kwargs: its keyword arguments
     :param optimize_memory_usage: store observations once instead of twice, at the cost of more complexity
     :param n_steps: length of n-step returns; ``None`` for 2, or 1 where SB3 has none: with observations that are a ``Dict``,
@@ -294,6 +296,7 @@ class SDAC(OffPolicyAlgorithm):
         self.mixed_precision = mixed_precision
         self.compile = compile
         self._saved_ent_coef = ent_coef  # what it was when the model was saved, should `load` change it
+        self._automatic_buffer: type[ReplayBuffer] | None = None  # what replay_buffer_class=None came to
         self._n_actor_updates = 0
         self._metrics: dict[str, tuple[th.Tensor | float, int]] = {}
 
@@ -308,12 +311,23 @@ class SDAC(OffPolicyAlgorithm):
         policy_kwargs, buffer_size = self.policy_kwargs, self.buffer_size
         self.policy_kwargs = {**policy_kwargs, **self._diffusion_kwargs()}
         acting_only = self.env is None and self.replay_buffer is None  # loaded without an environment: see set_env
-        if acting_only:
+        automatic_buffer = self.replay_buffer_class is None
+        on_device = (
+            automatic_buffer
+            and not self.optimize_memory_usage
+            and fits_on_device(self.device, buffer_size, self.observation_space, self.action_space, self.n_envs)
+        )
+        if acting_only or on_device:
             self.buffer_size = self.n_envs
         super()._setup_model()
         self.policy_kwargs, self.buffer_size = policy_kwargs, buffer_size
-        if acting_only:
-            self.replay_buffer = None
+        if on_device:  # not before: given a class, SB3 would warn that it ignores n_steps
+            self.replay_buffer_class = DeviceReplayBuffer
+            self.replay_buffer_kwargs = {**self.replay_buffer_kwargs, "n_steps": self.n_steps, "gamma": self.gamma}
+        if automatic_buffer:
+            self._automatic_buffer = self.replay_buffer_class
+        if acting_only or on_device:
+            self.replay_buffer = None if acting_only else self._make_replay_buffer()
         self._create_aliases()
         # Running statistics of batch normalisation are copied, not averaged, see SB3's issue 996
         self.batch_norm_stats, self.batch_norm_stats_target = [], []
@@ -336,13 +350,28 @@ class SDAC(OffPolicyAlgorithm):
         self.q_running_std = th.ones((), device=self.device)
 
     def _setup_n_steps(self) -> None:
-        """The length of the returns if that was left open, and the replay buffer for it."""
+        """The length of the returns and the class of the replay buffer for it, where they were left open."""
+        # What was chosen before the model was saved is chosen anew: here may be another device, and given SB3's own choice
+        # SB3 would warn that it ignores n_steps
+        chosen = self._automatic_buffer or (NStepReplayBuffer if self.n_steps is not None and self.n_steps > 1 else None)
+        if chosen is not None and self.replay_buffer_class is chosen:
+            self.replay_buffer_class = None
+            kwargs = self.replay_buffer_kwargs
+            self.replay_buffer_kwargs = {name: kwargs[name] for name in kwargs if name not in ("n_steps", "gamma")}
         if self.n_steps is None:
             own = self.replay_buffer_class is not None or self.optimize_memory_usage  # type: ignore[unreachable]
             self.n_steps = 1 if own or isinstance(self.observation_space, spaces.Dict) else DEFAULT_N_STEPS
-        elif self.n_steps > 1 and self.replay_buffer_class is NStepReplayBuffer:
-            # What SB3 chose before the model was saved; given it again, SB3 would warn that it ignores n_steps
-            self.replay_buffer_class = None
+
+    def _make_replay_buffer(self) -> ReplayBuffer:
+        return self.replay_buffer_class(  # type: ignore[misc]
+            self.buffer_size,
+            self.observation_space,
+            self.action_space,
+            device=self.device,
+            n_envs=self.n_envs,
+            optimize_memory_usage=self.optimize_memory_usage,
+            **self.replay_buffer_kwargs,
+        )
 
     def _diffusion_kwargs(self) -> dict[str, Any]:
         names = ["n_diffusion_steps", "n_sampling_steps", "eta", "init_noise_scale", "beta_schedule", "n_particles"]
@@ -770,15 +799,7 @@ class SDAC(OffPolicyAlgorithm):
         """
         super().set_env(env, force_reset)
         if self.replay_buffer is None:
-            self.replay_buffer = self.replay_buffer_class(  # type: ignore[misc]
-                self.buffer_size,
-                self.observation_space,
-                self.action_space,
-                device=self.device,
-                n_envs=self.n_envs,
-                optimize_memory_usage=self.optimize_memory_usage,
-                **self.replay_buffer_kwargs,
-            )
+            self.replay_buffer = self._make_replay_buffer()
 
     @staticmethod
     def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sb3_sdac"
 #: Each may import the ones before it
 LAYERS = [
-    *["diffusion", "score_matching", "networks", "policies", "compilation", "sdac"],
+    *["diffusion", "score_matching", "networks", "policies", "compilation", "buffers", "sdac"],
     *["checkpoint", "export", "official", "plotting", "zoo"],
 ]
 DATA = ["sb3_sdac/py.typed", "sb3_sdac/version.txt", "sb3_sdac/hyperparams/sdac.yml", "sb3_sdac/hyperparams/sdac_paper.yml"]

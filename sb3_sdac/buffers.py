@@ -1,0 +1,173 @@
+"""A replay buffer that lives where the networks do, so that on a GPU no update waits for the host to gather its batch."""
+
+from functools import reduce
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
+from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_sdac.policies import is_count
+
+ARRAYS = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
+
+
+class DeviceReplayBuffer(NStepReplayBuffer):
+    """
+    SB3's ``ReplayBuffer`` and ``NStepReplayBuffer`` with their arrays as tensors on ``device``, under the same names.
+
+    Rows R = buffer_size // n_envs, at least 1. With the same seed of NumPy the batches are those of SB3's buffers. Unpickled
+    or deep-copied, it is on the CPU until its ``device`` is set, as ``load_replay_buffer`` does.
+
+    :param buffer_size: transitions, summed over all environments
+    :param observation_space: anything but a ``Dict``
+    :param action_space: the action space
+    :param device: where the arrays are; setting the attribute moves them
+    :param n_envs: number of environments
+    :param optimize_memory_usage: not supported, must be False
+    :param handle_timeout_termination: bootstrap where an episode ended by a time limit
+    :param n_steps: length of the returns in steps, at least 1
+    :param gamma: discount factor inside them; samples of ``n_steps=1`` have no ``discounts``, as those of ``ReplayBuffer``
+    :raises ValueError: for ``Dict`` observations, ``optimize_memory_usage=True`` or an ``n_steps`` that is no count
+    """
+
+    observations: th.Tensor  # type: ignore[assignment]  # (R, n_envs, ...)
+    next_observations: th.Tensor  # type: ignore[assignment]  # (R, n_envs, ...)
+    actions: th.Tensor  # type: ignore[assignment]  # (R, n_envs, A)
+    rewards: th.Tensor  # type: ignore[assignment]  # (R, n_envs), as are the next two, all float32
+    dones: th.Tensor  # type: ignore[assignment]
+    timeouts: th.Tensor  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        buffer_size: int,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        device: th.device | str = "auto",
+        n_envs: int = 1,
+        optimize_memory_usage: bool = False,
+        handle_timeout_termination: bool = True,
+        n_steps: int = 1,
+        gamma: float = 0.99,
+    ):
+        if isinstance(observation_space, spaces.Dict):
+            raise ValueError("DeviceReplayBuffer has no Dict observations: leave replay_buffer_class to its default")
+        if optimize_memory_usage:
+            raise ValueError(
+                "DeviceReplayBuffer has no optimize_memory_usage=True: leave that False, or take SB3's ReplayBuffer with "
+                "replay_buffer_kwargs={'handle_timeout_termination': False}"
+            )
+        if not is_count(n_steps):
+            raise ValueError(f"n_steps of DeviceReplayBuffer must be an integer of at least 1, got {n_steps!r}")
+        one_row = (n_envs, observation_space, action_space, device, n_envs, False, handle_timeout_termination)
+        super().__init__(*one_row, n_steps=n_steps, gamma=gamma)
+        self.buffer_size = max(buffer_size // n_envs, 1)
+        # Takes each row as SB3 would (shapes, dtypes, timeouts), from where it is copied to the device
+        self._row = ReplayBuffer(*one_row)
+        for name in ARRAYS:
+            row = th.from_numpy(getattr(self._row, name))
+            setattr(self, name, th.zeros((self.buffer_size, *row.shape[1:]), dtype=row.dtype, device=self.device))
+        # By NumPy, from whose powers PyTorch's may differ in the last bit
+        self._discounts = self._to_device(gamma ** np.arange(n_steps + 1, dtype=np.float32))  # (n_steps + 1,)
+
+    @property
+    def device(self) -> th.device:
+        """Where the arrays are, and the samples."""
+        return self._device
+
+    @device.setter
+    def device(self, device: th.device) -> None:
+        self._device = th.device(device)
+        vars(self).update({name: value.to(device) for name, value in vars(self).items() if isinstance(value, th.Tensor)})
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Of the CPU, so that it can be read where there is no CUDA
+        state = {name: value.cpu() if isinstance(value, th.Tensor) else value for name, value in vars(self).items()}
+        return {**state, "_device": th.device("cpu")}
+
+    def add(
+        self,
+        obs: np.ndarray,
+        next_obs: np.ndarray,
+        action: np.ndarray,
+        reward: np.ndarray,
+        done: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        self._row.add(obs, next_obs, action, reward, done, infos)
+        for name in ARRAYS:
+            getattr(self, name)[self.pos].copy_(self._on_host(getattr(self._row, name)[0]), non_blocking=True)
+        self.pos = (self.pos + 1) % self.buffer_size
+        self.full = self.full or self.pos == 0
+
+    def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> ReplayBufferSamples:
+        env_indices = np.random.randint(0, self.n_envs, size=len(batch_inds))  # after batch_inds, as SB3 draws them
+        rows, envs = self._to_device(np.stack([batch_inds, env_indices]).astype(np.int64))  # (B,), (B,)
+        steps = (rows.unsqueeze(1) + th.arange(self.n_steps, device=self.device)) % self.buffer_size  # (B, n)
+        taken = steps, envs.unsqueeze(1)
+        # What follows the row written last is not its future, but empty or the oldest there is
+        newest = (self.pos - 1) % self.buffer_size
+        ends = (self.dones[taken] != 0) | (self.timeouts[taken] != 0) | (steps == newest)
+        mask = ends.cumsum(dim=1) - ends.long() == 0  # (B, n): no end before this step
+        lengths = mask.sum(dim=1)  # (B,), from 1 to n
+        rewards = self._normalised(self.rewards[taken], "reward", env).float() * self._discounts[:-1] * mask
+        last = (rows + lengths - 1) % self.buffer_size, envs
+        return ReplayBufferSamples(
+            observations=self._normalised(self.observations[rows, envs], "obs", env),
+            actions=self.actions[rows, envs],
+            next_observations=self._normalised(self.next_observations[last], "obs", env),
+            dones=(self.dones[last] * (1 - self.timeouts[last])).unsqueeze(1),
+            # One by one, as NumPy adds up to seven of them; PyTorch's sum has an order of its own
+            rewards=reduce(th.add, rewards.split(1, dim=1)),
+            discounts=self._discounts[lengths].unsqueeze(1) if self.n_steps > 1 else None,
+        )
+
+    def _normalised(self, values: th.Tensor, kind: str, env: VecNormalize | None) -> th.Tensor:
+        """
+        :param values: of any shape that ends in that of one observation or reward
+        :param kind: ``"obs"`` or ``"reward"``
+        :param env: what normalises them, if anything does
+        :return: what ``env.normalize_obs`` or ``env.normalize_reward`` makes of them
+        """
+        if env is None:
+            return values
+        if type(env) is not VecNormalize:  # a sub-class may do anything, but only on the host
+            return self._to_device(getattr(env, f"normalize_{kind}")(values.cpu().numpy()))
+        if not getattr(env, f"norm_{kind}"):
+            return values
+        rms: Any = env.obs_rms if kind == "obs" else env.ret_rms
+        mean = rms.mean if kind == "obs" else np.zeros_like(rms.mean)
+        mean, std = self._to_device(np.stack([mean, np.sqrt(rms.var + env.epsilon)]))
+        clip = getattr(env, f"clip_{kind}")
+        return ((values.double() - mean) / std).clamp(-clip, clip).float()  # in between float64, as in NumPy
+
+    def _to_device(self, array: np.ndarray) -> th.Tensor:
+        return self._on_host(array).to(self.device, non_blocking=True)
+
+    def _on_host(self, array: np.ndarray) -> th.Tensor:
+        """For CUDA a copy in pinned memory, so that nobody waits for its way to the device: PyTorch keeps it until then."""
+        tensor = th.from_numpy(array)
+        return tensor.pin_memory() if self.device.type == "cuda" else tensor
+
+
+def fits_on_device(
+    device: th.device, buffer_size: int, observation_space: spaces.Space, action_space: spaces.Space, n_envs: int
+) -> bool:
+    """
+    Whether a :class:`DeviceReplayBuffer` would leave at least half of a GPU's free memory to everything else.
+
+    :param device: of the networks
+    :param buffer_size: transitions
+    :param observation_space: the observation space
+    :param action_space: the action space
+    :param n_envs: number of environments
+    :return: never with ``Dict`` observations, nor on anything else than CUDA, where there is nothing to gain
+    """
+    if device.type != "cuda" or isinstance(observation_space, spaces.Dict):
+        return False
+    row = ReplayBuffer(n_envs, observation_space, action_space, "cpu", n_envs)
+    n_bytes = max(buffer_size // n_envs, 1) * sum(getattr(row, name).nbytes for name in ARRAYS)
+    return n_bytes <= th.cuda.mem_get_info(device)[0] / 2

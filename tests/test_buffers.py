@@ -1,0 +1,451 @@
+"""The replay buffer on the device: bit by bit the batches of SB3's buffers, saved and loaded, chosen where it fits."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+from sb3_sdac import SDAC, buffers, sdac
+from sb3_sdac.buffers import ARRAYS, DeviceReplayBuffer, fits_on_device
+from sb3_sdac.checkpoint import load_checkpoint, save_checkpoint
+
+needs_cuda = pytest.mark.skipif(not th.cuda.is_available(), reason="needs a GPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
+
+BOX = spaces.Box(-9, 9, (3,), np.float32)
+ACTIONS = spaces.Box(-1, 1, (2,), np.float32)
+OBSERVATIONS: dict[str, spaces.Space] = {
+    "box": BOX,
+    "float64": spaces.Box(-9, 9, (2, 2), np.float64),
+    "image": spaces.Box(0, 255, (3, 4, 5), np.uint8),
+    "discrete": spaces.Discrete(5),
+    "multi_discrete": spaces.MultiDiscrete([3, 4]),
+    "multi_binary": spaces.MultiBinary(4),
+}
+SMALL: dict[str, Any] = {
+    "policy_kwargs": {"net_arch": [16]},
+    "n_diffusion_steps": 5,
+    "n_sampling_steps": 2,
+    "n_particles": 2,
+    "batch_size": 8,
+    "buffer_size": 60,
+    "learning_starts": 20,
+    "seed": 0,
+}
+
+
+def fill(replay_buffers: list[ReplayBuffer], n_rows: int, seed: int = 0) -> None:
+    """Rows with one termination in six, one timeout in six, and now and then both at once."""
+    rng = np.random.default_rng(seed)
+    space, n_envs = replay_buffers[0].observation_space, replay_buffers[0].n_envs
+    space.seed(seed)
+    for _ in range(n_rows):
+        obs, next_obs = (np.stack([space.sample() for _ in range(n_envs)]) for _ in range(2))
+        action, reward = rng.uniform(-1, 1, (n_envs, 2)), rng.normal(size=n_envs)  # float64, as of some environments
+        terminated, truncated = rng.random((2, n_envs)) < 1 / 6
+        infos = [{"TimeLimit.truncated": flag} if flag else {} for flag in truncated.tolist()]
+        for buffer in replay_buffers:
+            buffer.add(obs, next_obs, action, reward, terminated | truncated, infos)
+
+
+def assert_same_samples(
+    buffer: ReplayBuffer, reference: ReplayBuffer, env: VecNormalize | None = None, exact: bool = True
+) -> None:
+    batches = []
+    for each in (reference, buffer):
+        np.random.seed(1)
+        batches.append([each.sample(64, env) for _ in range(4)])
+        batches[-1].append(np.random.random())  # type: ignore[arg-type]  # nothing else was drawn
+    assert batches[0].pop() == batches[1].pop()
+    for expected, batch in zip(*batches, strict=True):
+        for name, value in expected._asdict().items():
+            got = getattr(batch, name)
+            if value is None:
+                assert got is None
+                continue
+            assert got.device == buffer.device and got.is_contiguous()
+            tolerance = 0 if exact and buffer.device.type == "cpu" else 1e-6
+            th.testing.assert_close(got.cpu(), value, rtol=tolerance, atol=tolerance, msg=f"{name} differ")
+
+
+def make_pair(
+    n_steps: int | None, n_envs: int = 1, size: int = 20, space: spaces.Space = BOX, device: str = "cpu", **kwargs: Any
+) -> tuple[DeviceReplayBuffer, ReplayBuffer]:
+    """A buffer on the device and SB3's, on the CPU; ``None`` for SB3's buffer without n-step returns."""
+    if n_steps is not None:
+        kwargs |= {"n_steps": n_steps, "gamma": 0.97}
+    cls = ReplayBuffer if n_steps is None else NStepReplayBuffer
+    arguments = (size * n_envs + n_envs - 1, space, ACTIONS)  # rounded down to rows
+    reference = cls(*arguments, device="cpu", n_envs=n_envs, **kwargs)
+    return DeviceReplayBuffer(*arguments, device=device, n_envs=n_envs, **kwargs), reference
+
+
+# Batches
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("n_envs", [1, 3])
+@pytest.mark.parametrize("n_steps", [None, 2, 3, 5])
+def test_samples_are_those_of_sb3(n_steps: int | None, n_envs: int, device: str) -> None:
+    """At every fill level, from one row to twice round, so that the row written last stands everywhere."""
+    buffer, reference = make_pair(n_steps, n_envs, device=device)
+    for n_rows in range(1, 42):
+        fill([buffer, reference], 1, seed=n_rows)
+        assert (buffer.pos, buffer.full, buffer.size()) == (reference.pos, reference.full, reference.size())
+        assert_same_samples(buffer, reference)
+    for name in ARRAYS:
+        np.testing.assert_array_equal(getattr(buffer, name).cpu(), getattr(reference, name))
+
+
+def test_both_ends_and_wrap_arounds_are_in_these_samples() -> None:
+    buffer, _ = make_pair(3)
+    fill([buffer], 33)
+    np.random.seed(1)
+    batch = buffer.sample(64)
+    assert buffer.full and buffer.pos == 13 and batch.discounts is not None
+    assert len(batch.discounts.unique()) == 3 and len(batch.dones.unique()) == 2
+    assert (buffer.dones * buffer.timeouts).any() and (buffer.dones * (1 - buffer.timeouts)).any()
+
+
+@pytest.mark.parametrize("n_steps", [None, 3])
+def test_without_timeout_handling(n_steps: int | None) -> None:
+    buffer, reference = make_pair(n_steps, handle_timeout_termination=False)
+    fill([buffer, reference], 30)
+    assert not buffer.timeouts.any()
+    assert_same_samples(buffer, reference)
+
+
+def test_many_steps_in_few_rows() -> None:
+    """More steps than rows; NumPy adds eight and more rewards in another order."""
+    buffer, reference = make_pair(12, size=7)
+    for n_rows in range(1, 18):
+        fill([buffer, reference], 1, seed=n_rows)
+        assert_same_samples(buffer, reference, exact=False)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", OBSERVATIONS)
+def test_observation_spaces(name: str, device: str) -> None:
+    for n_steps in (None, 2):
+        buffer, reference = make_pair(n_steps, 2, space=OBSERVATIONS[name], device=device)
+        fill([buffer, reference], 30)
+        assert buffer.observations.dtype == th.from_numpy(reference.observations).dtype
+        assert buffer.observations.shape == reference.observations.shape
+        assert_same_samples(buffer, reference)
+
+
+def test_nothing_is_read_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such that a GPU is not waited for: no number, no mask as an index, nothing to the host."""
+    buffer, reference = make_pair(3)
+    fill([buffer, reference], 30)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("read back")
+
+    with monkeypatch.context() as patch:
+        for name in (
+            "item",
+            "tolist",
+            "numpy",
+            "cpu",
+            "nonzero",
+            "__bool__",
+            "__int__",
+            "__float__",
+            "__index__",
+            "__array__",
+        ):
+            patch.setattr(th.Tensor, name, refuse)
+        env = normalizer(BOX)
+        buffer.sample(8, env)
+    assert_same_samples(buffer, reference, env)
+
+
+def test_rows_are_copies() -> None:
+    buffer, _ = make_pair(None)
+    obs = np.ones((1, 3), np.float32)
+    buffer.add(obs, obs, np.zeros((1, 2)), np.zeros(1), np.zeros(1), [{}])
+    obs[:] = 2
+    fill([buffer], 1)
+    assert (buffer.observations[0] == 1).all() and (buffer.next_observations[0] == 1).all()
+
+
+# VecNormalize
+
+
+class SpaceEnv(gym.Env):
+    """Has spaces, which is all that is asked of it."""
+
+    def __init__(self, space: spaces.Space):
+        self.observation_space, self.action_space = space, ACTIONS
+
+
+def normalizer(space: spaces.Space, cls: type[VecNormalize] = VecNormalize, **kwargs: Any) -> VecNormalize:
+    """With statistics that are neither trivial nor round, and clipping that is felt."""
+    env = cls(DummyVecEnv([lambda: SpaceEnv(space)]), clip_obs=1.3, clip_reward=0.4, epsilon=1e-3, **kwargs)
+    rng = np.random.default_rng(3)
+    if env.norm_obs:
+        env.obs_rms.update(rng.normal(1.5, 3, (100, *space.shape)))  # type: ignore[misc]
+    env.ret_rms.update(rng.normal(0, 2, 100))
+    return env
+
+
+class Halved(VecNormalize):
+    """Another normalisation, of which the buffer knows nothing."""
+
+    def normalize_obs(self, obs: Any) -> Any:
+        return obs / 2
+
+    def normalize_reward(self, reward: np.ndarray) -> np.ndarray:
+        return reward.astype(np.float64) / 3
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("n_steps", [None, 3])
+@pytest.mark.parametrize("name", ["box", "float64", "image"])
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"norm_obs": False}, {"norm_reward": False}, {"cls": Halved}], ids=["both", "reward", "obs", "own"]
+)
+def test_vec_normalize(kwargs: dict[str, Any], name: str, n_steps: int | None, device: str) -> None:
+    env = normalizer(OBSERVATIONS[name], **kwargs)
+    buffer, reference = make_pair(n_steps, space=OBSERVATIONS[name], device=device)
+    fill([buffer, reference], 30)
+    assert_same_samples(
+        buffer, reference, env, exact=np.lib.NumpyVersion(np.__version__) >= "2.0.0"
+    )  # 1.26 divides in float32
+    batch = buffer.sample(64, env)
+    if not kwargs:
+        assert batch.observations.abs().max() == np.float32(1.3)
+        assert n_steps is not None or batch.rewards.abs().max() == np.float32(0.4)
+
+
+def test_vec_normalize_before_any_statistics() -> None:
+    env = VecNormalize(DummyVecEnv([lambda: SpaceEnv(BOX)]))
+    buffer, reference = make_pair(2)
+    fill([buffer, reference], 30)
+    assert_same_samples(buffer, reference, env)
+
+
+# Arguments
+
+
+def test_arguments() -> None:
+    with pytest.raises(ValueError, match=r"optimize_memory_usage=True.*ReplayBuffer.*handle_timeout_termination"):
+        DeviceReplayBuffer(10, BOX, ACTIONS, optimize_memory_usage=True)
+    with pytest.raises(ValueError, match=r"Dict observations.*replay_buffer_class"):
+        DeviceReplayBuffer(10, spaces.Dict({"a": BOX}), ACTIONS)
+    for n_steps in (0, 1.5, True):
+        with pytest.raises(ValueError, match=rf"n_steps.*at least 1.*{n_steps}"):
+            DeviceReplayBuffer(10, BOX, ACTIONS, n_steps=n_steps)  # type: ignore[arg-type]
+
+
+# Saving and loading
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_pickle(device: str) -> None:
+    """What comes back is on the CPU, wherever it was, and goes where it is put."""
+    buffer, reference = make_pair(3, device=device)
+    fill([buffer, reference], 30)
+    again = pickle.loads(pickle.dumps(buffer))
+    assert again.device == again.rewards.device == th.device("cpu") and again._discounts.device == again.device
+    assert buffer.device.type == buffer.rewards.device.type == device
+    assert_same_samples(again, reference)
+    again.device = buffer.device
+    fill([again, reference], 10, seed=1)
+    assert_same_samples(again, reference)
+    again.device = th.device("meta")  # a device that is everywhere, though it holds nothing
+    assert {getattr(again, name).device.type for name in [*ARRAYS, "_discounts"]} == {"meta"}
+
+
+def make_model(env: Any = "Pendulum-v1", **kwargs: Any) -> SDAC:
+    return SDAC("MlpPolicy", env, **{**SMALL, "device": "cpu", **kwargs})
+
+
+def on_request(n_steps: int) -> SDAC:
+    kwargs = {"n_steps": n_steps, "gamma": 0.99}
+    return make_model(replay_buffer_class=DeviceReplayBuffer, replay_buffer_kwargs=kwargs)
+
+
+def parameters(model: SDAC) -> dict[str, th.Tensor]:
+    return {name: value.clone() for name, value in model.policy.state_dict().items()}
+
+
+@pytest.mark.parametrize("n_steps", [1, 2])
+def test_learning_is_bit_equal(n_steps: int) -> None:
+    """30 updates, half of them after the buffer is full, in episodes of seven steps."""
+    models = []
+    for kwargs in (
+        {"n_steps": n_steps},
+        {"replay_buffer_class": DeviceReplayBuffer, "replay_buffer_kwargs": {"n_steps": n_steps}},
+    ):
+        env = make_vec_env("Pendulum-v1", 2, seed=0, env_kwargs={"max_episode_steps": 7})
+        models.append(make_model(VecNormalize(env), buffer_size=50, gradient_steps=-1, **kwargs))
+        models[-1].learn(52)
+    assert type(models[0].replay_buffer) is (NStepReplayBuffer if n_steps > 1 else ReplayBuffer)
+    assert type(models[1].replay_buffer) is DeviceReplayBuffer and models[1].replay_buffer.n_steps == n_steps
+    assert models[0]._n_updates == models[1]._n_updates >= 30
+    th.testing.assert_close(parameters(models[1]), parameters(models[0]), rtol=0, atol=0)
+
+
+def test_save_and_load_replay_buffer(tmp_path: Path) -> None:
+    model = on_request(2).learn(30)
+    model.save_replay_buffer(tmp_path / "buffer")
+    model.save(tmp_path / "model")
+    loaded = SDAC.load(tmp_path / "model", env=model.get_env(), device="cpu")
+    assert type(loaded.replay_buffer) is DeviceReplayBuffer and loaded.replay_buffer.size() == 0
+    loaded.load_replay_buffer(tmp_path / "buffer")
+    assert model.replay_buffer is not None
+    assert_same_samples(loaded.replay_buffer, model.replay_buffer)
+    loaded.learn(5, reset_num_timesteps=False)
+
+
+@pytest.mark.parametrize("n_rows", [30, 70])
+@pytest.mark.parametrize("from_device, to_device", [(True, True), (True, False), (False, True)])
+def test_checkpoint(tmp_path: Path, from_device: bool, to_device: bool, n_rows: int) -> None:
+    """From one kind of buffer to the other, too, as between a GPU and a CPU."""
+    model = (on_request(2) if from_device else make_model(n_steps=2)).learn(n_rows)
+    save_checkpoint(model, tmp_path / "checkpoint.zip")
+    cls = DeviceReplayBuffer if to_device else NStepReplayBuffer
+    kwargs: dict[str, Any] = {"replay_buffer_class": cls, "n_steps": 1, "replay_buffer_kwargs": {"n_steps": 2, "gamma": 0.99}}
+    loaded = load_checkpoint(tmp_path / "checkpoint.zip", make_vec_env("Pendulum-v1"), device="cpu", **kwargs)
+    assert type(loaded.replay_buffer) is cls and model.replay_buffer is not None
+    assert (loaded.replay_buffer.pos, loaded.replay_buffer.full) == (n_rows % 60, n_rows > 60)
+    assert_same_samples(loaded.replay_buffer, model.replay_buffer)
+    loaded.learn(5, reset_num_timesteps=False)
+
+
+# The choice
+
+
+def test_fits_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = 4 * (3 + 3 + 2 + 1 + 1 + 1)  # observation, next observation, action, reward, done, timeout
+    asked = []
+
+    def mem_get_info(device: th.device) -> tuple[int, int]:
+        asked.append(device)
+        return 2 * 1000 * row, 10**12
+
+    monkeypatch.setattr(buffers.th.cuda, "mem_get_info", mem_get_info)
+    cuda = th.device("cuda:3")
+    assert fits_on_device(cuda, 1000, BOX, ACTIONS, 1)
+    assert not fits_on_device(cuda, 1001, BOX, ACTIONS, 1)
+    assert fits_on_device(cuda, 1004, BOX, ACTIONS, 5)  # 200 rows of five
+    assert asked == [cuda] * 3
+    assert not fits_on_device(cuda, 1, spaces.Dict({"a": BOX}), ACTIONS, 1)
+    assert not fits_on_device(th.device("cpu"), 1, BOX, ACTIONS, 1)
+    buffer = DeviceReplayBuffer(1000, BOX, ACTIONS, "cpu")
+    assert sum(getattr(buffer, name).nbytes for name in ARRAYS) == 1000 * row
+
+
+def answer(monkeypatch: pytest.MonkeyPatch, fits: bool) -> list[int]:
+    """Whether this is a machine with a GPU, as far as the choice is concerned; the sizes it is asked about."""
+    sizes = []
+
+    def fits_on_device(device: th.device, buffer_size: int, space: spaces.Space, *_: Any) -> bool:
+        sizes.append(buffer_size)
+        return fits and not isinstance(space, spaces.Dict)
+
+    monkeypatch.setattr(sdac, "fits_on_device", fits_on_device)
+    return sizes
+
+
+@pytest.mark.parametrize("n_steps", [None, 1, 3])
+def test_automatic_choice(n_steps: int | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Chosen where it fits, and chosen anew wherever the model is loaded; with and without an environment."""
+    steps = n_steps or 2
+    path, env = tmp_path / "model.zip", make_vec_env("Pendulum-v1")
+    for fits in (True, False, False, True, True):
+        sizes = answer(monkeypatch, fits)
+        if not path.exists():
+            kwargs = {"replay_buffer_kwargs": {"handle_timeout_termination": False}}
+            models = [make_model(env, n_steps=n_steps, gamma=0.9, **kwargs)]
+        else:
+            models = [SDAC.load(path, device="cpu"), SDAC.load(path, env=env, device="cpu")]
+            assert models[0].replay_buffer is None
+            models[0].set_env(env)
+        assert sizes == [60] * len(models)  # and not the one row of a model that only acts
+        for model in models:
+            buffer: Any = model.replay_buffer
+            assert type(buffer) is (DeviceReplayBuffer if fits else NStepReplayBuffer if steps > 1 else ReplayBuffer)
+            assert (model.n_steps, getattr(buffer, "n_steps", 1), getattr(buffer, "gamma", 0.9)) == (steps, steps, 0.9)
+            assert buffer.buffer_size == 60 and not buffer.handle_timeout_termination
+            assert model.learn(22)._n_updates >= 2
+        models[0].save(path)
+
+
+def test_other_arguments_on_loading(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    answer(monkeypatch, True)
+    model = make_model(n_steps=3)
+    model.save(tmp_path / "model")
+    for fits in (True, False):
+        answer(monkeypatch, fits)
+        loaded = SDAC.load(tmp_path / "model", env=model.get_env(), device="cpu", n_steps=1, gamma=0.8)
+        assert isinstance(loaded.replay_buffer, ReplayBuffer) and loaded.n_steps == 1
+        assert type(loaded.replay_buffer) is (DeviceReplayBuffer if fits else ReplayBuffer)
+        loaded.learn(22)
+
+
+@pytest.mark.parametrize(
+    "kwargs, cls",
+    [
+        ({"replay_buffer_class": ReplayBuffer}, ReplayBuffer),
+        ({"optimize_memory_usage": True, "replay_buffer_kwargs": {"handle_timeout_termination": False}}, ReplayBuffer),
+        ({"replay_buffer_class": DeviceReplayBuffer}, DeviceReplayBuffer),
+    ],
+)
+def test_what_the_user_asks_for_stays(
+    kwargs: dict[str, Any], cls: type[ReplayBuffer], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for fits in (True, False):
+        answer(monkeypatch, fits)
+        model = make_model(**kwargs)
+        model.save(tmp_path / "model")
+        for reached in (model, SDAC.load(tmp_path / "model", env=model.get_env(), device="cpu")):
+            assert type(reached.replay_buffer) is cls
+
+
+@needs_cuda
+@pytest.mark.parametrize("kwargs", [{}, {"compile": True}, {"n_steps": 1}], ids=["default", "graphs", "one_step"])
+def test_cuda(kwargs: dict[str, Any], tmp_path: Path) -> None:
+    """Chosen there, learned with, and taken to the CPU and back."""
+    env = make_vec_env("Pendulum-v1", 2, env_kwargs={"max_episode_steps": 7})
+    model = make_model(VecNormalize(env), device="cuda", **kwargs).learn(60)
+    assert type(model.replay_buffer) is DeviceReplayBuffer and model.replay_buffer.rewards.is_cuda
+    model.save(tmp_path / "model")
+    model.save_replay_buffer(tmp_path / "buffer")
+    save_checkpoint(model, tmp_path / "checkpoint.zip")
+    on_cpu = SDAC.load(tmp_path / "model", env=model.get_env(), device="cpu")
+    assert not isinstance(on_cpu.replay_buffer, DeviceReplayBuffer)
+    on_cpu.load_replay_buffer(tmp_path / "buffer")
+    assert model.replay_buffer is not None and on_cpu.replay_buffer is not None
+    assert on_cpu.replay_buffer.device == th.device("cpu")
+    assert_same_samples(model.replay_buffer, on_cpu.replay_buffer)
+    on_cpu = load_checkpoint(tmp_path / "checkpoint.zip", model.get_env(), device="cpu")  # type: ignore[arg-type, assignment]
+    assert_same_samples(model.replay_buffer, on_cpu.replay_buffer)  # type: ignore[arg-type]
+    save_checkpoint(on_cpu, tmp_path / "checkpoint.zip")
+    back = load_checkpoint(tmp_path / "checkpoint.zip", model.get_env(), device="cuda")  # type: ignore[arg-type]
+    assert type(back.replay_buffer) is DeviceReplayBuffer and back.replay_buffer.rewards.is_cuda
+    back.learn(10, reset_num_timesteps=False)
+
+
+@needs_cuda
+def test_cuda_is_not_waited_for() -> None:
+    buffer, _ = make_pair(3, device="cuda")
+    fill([buffer], 30)
+    env = normalizer(BOX)
+    buffer.sample(64, env)
+    th.cuda.set_sync_debug_mode("error")
+    try:
+        fill([buffer], 3)
+        buffer.sample(64, env)
+    finally:
+        th.cuda.set_sync_debug_mode("default")
