@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
@@ -353,8 +353,7 @@ class SDAC(OffPolicyAlgorithm):
         """The length of the returns and the class of the replay buffer for it, where they were left open."""
         # What was chosen before the model was saved is chosen anew: here may be another device, and given SB3's own choice
         # SB3 would warn that it ignores n_steps
-        chosen = self._automatic_buffer or (NStepReplayBuffer if self.n_steps is not None and self.n_steps > 1 else None)
-        if chosen is not None and self.replay_buffer_class is chosen:
+        if self.replay_buffer_class is self._automatic_buffer:
             self.replay_buffer_class = None
             kwargs = self.replay_buffer_kwargs
             self.replay_buffer_kwargs = {name: kwargs[name] for name in kwargs if name not in ("n_steps", "gamma")}

@@ -127,6 +127,16 @@ def test_options(kwargs: dict[str, Any]) -> None:
     check_learning(model)
 
 
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_no_hidden_layers(batch_norm: bool) -> None:
+    model = make_model(policy_kwargs={"net_arch": []}, batch_norm=batch_norm)
+    before = snapshot(model)
+    model.learn(30)
+    for name in ("actor.noise_predictor.first.weight", "critic.q_networks.first.weight"):
+        after = model.policy.state_dict()[name]
+        assert th.isfinite(after).all() and not th.equal(after, before[name])
+
+
 @pytest.mark.parametrize(
     "train_freq, gradient_steps, n_steps, n_updates",
     [

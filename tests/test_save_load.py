@@ -295,6 +295,15 @@ def test_what_is_in_the_file(tmp_path: Path) -> None:
     assert data["n_particles"] == 2
 
 
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_a_bare_dictionary_of_numbers_loads(batch_norm: bool) -> None:
+    """Without the versions that PyTorch keeps in a state dict, as after a way through another format."""
+    model, other = make_model(batch_norm=batch_norm, seed=0).learn(14), make_model(batch_norm=batch_norm, seed=1)
+    other.policy.load_state_dict({name: value.clone() for name, value in model.policy.state_dict().items()})
+    expected, found = (m.predict(pendulum_observations(), deterministic=True)[0] for m in (model, other))
+    np.testing.assert_array_equal(found, expected)
+
+
 # Replay buffer and environments
 
 
