@@ -305,8 +305,8 @@ class CriticEnsemble(nn.Module):
         """
         n_critics, batch_size, width = encoded.shape
         weight, _ = self.first.folded()
-        # (B, N, A) -> (C, B * N, A) @ (C, A, H) -> (C, B * N, H) -> (C, B, N, H), plus (C, B, 1, H). As a plain product torch
-        # would lay it out the other way round when there is a gradient, and turn it afterwards
+        # (B, N, A) -> (C, B * N, A) @ (C, A, H) -> (C, B * N, H) -> (C, B, N, H), plus (C, B, 1, H). Torch would lay out
+        # a plain product the other way round when there is a gradient, and turn it afterwards
         hidden = actions.flatten(end_dim=-2).expand(n_critics, -1, -1).bmm(weight[:, self.features_dim :])
         hidden = hidden.view(n_critics, batch_size, -1, width) + encoded.to(hidden.dtype).unsqueeze(2)
         # (C, B, N, H) -> (C, B * N, H) -> (C, B * N, 1) -> (C, B) or (C, B, N)
