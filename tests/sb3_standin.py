@@ -2,8 +2,8 @@
 Runs Stable-Baselines3's own published tests with SDAC standing in for SAC: ``python tests/sb3_standin.py``.
 
 The tests come from the source distribution of the installed version of SB3 (pip downloads it). ``--algo
-sb3_contrib:TQC`` runs the same selection with TQC, to compare. Twelve are expected to fail with SB3 2.9.2: five use gSDE, which
-SDAC refuses; five look into target critics, which it has none of by default; test_tensorboard expects SAC's name in the
+sb3_contrib:TQC`` runs the same selection with TQC, to compare. Twelve are expected to fail with SB3 2.9.2: five use gSDE,
+which SDAC refuses; five look into target critics, which it has none of by default; test_tensorboard expects SAC's name in the
 log's folder (and fails for TQC, too); test_continuous allows 300 updates, in which CrossQ does not learn enough either.
 """
 
