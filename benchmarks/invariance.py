@@ -10,6 +10,7 @@ rewards as they are, one row each in ``benchmarks/results/invariance.csv``; what
 
 import argparse
 import csv
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +30,6 @@ VARIANTS: dict[str, tuple[float, int, dict[str, int]]] = {
 }
 
 
-class Scaled(gym.RewardWrapper[Any, Any]):
-    """
-    :param env: the environment
-    :param factor: what its rewards are multiplied with
-    """
-
-    def __init__(self, env: gym.Env, factor: float):
-        super().__init__(env)
-        self.factor = factor
-
-    def reward(self, reward: Any) -> float:
-        """
-        :param reward: of the environment
-        :return: times the factor
-        """
-        return float(reward) * self.factor
-
-
 def train(variant: str, env_id: str, seed: int, steps: int, eval_freq: int) -> list[dict[str, Any]]:
     """
     :param variant: one of ``VARIANTS``
@@ -63,7 +46,8 @@ def train(variant: str, env_id: str, seed: int, steps: int, eval_freq: int) -> l
     from sb3_sdac import SDAC
 
     factor, n_envs, schedule = VARIANTS[variant]
-    env = make_vec_env(env_id, n_envs, seed, wrapper_class=Scaled, wrapper_kwargs={"factor": factor})
+    scaled = functools.partial(gym.wrappers.TransformReward, func=lambda reward: factor * float(reward))
+    env = make_vec_env(env_id, n_envs, seed, wrapper_class=scaled)
     eval_env = make_vec_env(env_id, 10, 1_000_000 + seed)
     arguments: dict[str, Any] = {"learning_starts": 5000, "buffer_size": steps, "seed": seed, "device": "cpu", **schedule}
     model = SDAC("MlpPolicy", env, **arguments)
