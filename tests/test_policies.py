@@ -120,7 +120,7 @@ def test_predict_in_a_vec_env() -> None:
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("n_particles", [1, 4])
 def test_deterministic_depends_on_the_observation_alone(eta: float, n_particles: int) -> None:
-    policy = make_policy(eta=eta, n_particles=n_particles)
+    policy = make_policy(eta=eta, n_particles=n_particles, beta_schedule="linear")
     obs = observations(33)
     batch, _ = policy.predict(obs, deterministic=True)
     again, _ = policy.predict(obs, deterministic=True)
@@ -129,7 +129,7 @@ def test_deterministic_depends_on_the_observation_alone(eta: float, n_particles:
     np.testing.assert_allclose(singles, batch, rtol=1e-5, atol=1e-6)
     backwards, _ = policy.predict(obs[::-1].copy(), deterministic=True)
     np.testing.assert_allclose(backwards[::-1], batch, rtol=1e-5, atol=1e-6)
-    assert np.ptp(batch, axis=0).max() > 1e-3, "it must depend on the observation"
+    assert np.ptp(batch, axis=0).min() > 1e-3, "it must depend on the observation"
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
