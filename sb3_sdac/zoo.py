@@ -60,7 +60,7 @@ def sample_sdac_params(trial: "optuna.Trial", n_actions: int, n_envs: int, addit
     from rl_zoo3.hyperparams_opt import sample_her_params
 
     params: dict[str, Any] = {
-        "learning_rate": trial.suggest_float("learning_rate", 1e-5, 2e-3, log=True),
+        "learning_rate": trial.suggest_float("learning_rate", 1e-5, 1e-2, log=True),
         "one_minus_gamma": trial.suggest_float("one_minus_gamma", 1e-4, 0.03, log=True),
         "batch_size_pow": trial.suggest_int("batch_size_pow", 6, 9),
         "net_arch": trial.suggest_categorical("net_arch", ["small", "medium", "large"]),

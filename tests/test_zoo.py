@@ -57,11 +57,13 @@ def load(config: str) -> dict[str, dict]:
 
 
 def arguments_of(entry: dict) -> dict:
-    """The entry's arguments of the constructor; ``policy_kwargs`` may be a string, which rl_zoo3 evaluates among its names."""
+    """The entry's arguments of the constructor, with rl_zoo3's schedules and its names where they are strings."""
     arguments = {key: entry[key] for key in entry.keys() - ZOO_KEYS}
+    exp_manager = importlib.import_module("rl_zoo3.exp_manager")
     if isinstance(arguments.get("policy_kwargs"), str):
-        names = dict(vars(importlib.import_module("rl_zoo3.exp_manager")))
-        arguments["policy_kwargs"] = eval(arguments["policy_kwargs"], names)
+        arguments["policy_kwargs"] = eval(arguments["policy_kwargs"], dict(vars(exp_manager)))
+    if isinstance(arguments.get("learning_rate"), str):
+        arguments |= exp_manager.ExperimentManager._preprocess_schedules({"learning_rate": arguments["learning_rate"]})
     return arguments
 
 
