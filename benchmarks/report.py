@@ -2,11 +2,15 @@
 Tables and pictures of a protocol's runs, from the rows that ``run.py`` left.
 
     python benchmarks/report.py benchmarks/short.yml
+    python benchmarks/report.py benchmarks/short.yml --into README.md
 
 Writes ``<results>/<protocol>.md``: scores per environment and seed, ratios to SAC, and over all environments the interquartile
 mean and the probability that SDAC beats each of the others (Agarwal et al. 2021, "Deep RL at the edge of the statistical
 precipice", with their library rliable). And ``<results>/<protocol>.png``: learning curves, against steps and wall-clock time.
 Bands are 95 % bootstrap intervals over seeds; with two seeds they say little, so every seed's score is in the table.
+
+A protocol with a ``reference`` is an ablation of that configuration: one line per configuration, with ratios to the reference.
+``--into`` also puts the text between the lines ``<!-- <protocol>.md -->`` and ``<!-- end of <protocol>.md -->`` of a page.
 """
 
 import argparse
@@ -81,6 +85,47 @@ def markdown(table: pd.DataFrame, order: list[str]) -> str:
             figures = [f"{own[column].mean():.0f}" for column in ("last", "best", "updates", "minutes")]
             lines.append("| " + " | ".join([env, configuration, f"{means[configuration]:.0f}", seeds, ratio, *figures]) + " |")
     return "\n".join(lines) + "\n"
+
+
+def ablation(table: pd.DataFrame, order: list[str], reference: str) -> str:
+    """
+    :param table: see :func:`scores`
+    :param order: configurations in the order of the protocol
+    :param reference: the configuration that the others differ from
+    :return: one line per configuration: in each environment its mean score, in brackets that of each seed, and over all
+        environments the mean ratio to the reference on the same seeds
+    """
+    envs = sorted(table["env"].unique())
+    own = table.pivot_table(index=["env", "seed"], columns="configuration", values="score")
+    lines = ["| configuration | " + " | ".join(envs) + " | ratio |", "| --- |" + " --- |" * (len(envs) + 1)]
+    for name in [name for name in order if name in own]:
+        cells = []
+        for env in envs:
+            seeds = own.loc[env, name].dropna() if env in own.index else own[name].iloc[:0]
+            each = ", ".join(f"{score:.0f}" for score in seeds)
+            cells.append(f"{seeds.mean():.0f} ({each})" if len(seeds) else "")
+        ratio = ""
+        if reference in own:
+            pairs = own[[name, reference]].dropna() if name != reference else own[[name, name]].dropna()
+            means = pairs.groupby("env").mean().to_numpy()
+            ratio = f"{(means[:, 0] / means[:, 1]).mean():.2f}" if len(means) else ""
+        lines.append("| " + " | ".join([name, *cells, ratio]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def insert(text: str, name: str, page: Path) -> None:
+    """
+    :param text: what to put into the page, in place of what stands there
+    :param name: of the protocol
+    :param page: a Markdown file with the two lines ``<!-- <name>.md -->`` and ``<!-- end of <name>.md -->``
+    :raises SystemExit: if it has not got them
+    """
+    begin, end = f"<!-- {name}.md -->\n", f"<!-- end of {name}.md -->\n"
+    before, found, rest = page.read_text().partition(begin)
+    _, also_found, after = rest.partition(end)
+    if not found or not also_found:
+        raise SystemExit(f"{page} needs the lines {begin.strip()!r} and {end.strip()!r}, between which the report goes")
+    page.write_text(f"{before}{begin}{text}{end}{after}")
 
 
 def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -159,6 +204,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("protocol", type=Path)
     parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--into", type=Path, metavar="PAGE", help="a Markdown page to put the report into, too")
     args = parser.parse_args()
     protocol = yaml.safe_load(args.protocol.read_text())
     rows = read_results(args.results / args.protocol.stem)
@@ -169,11 +215,16 @@ def main() -> None:
         f"episodes each, after {protocol['n_timesteps']:,} environment steps. "
         f"Last and best: a single evaluation, mean over seeds. Made by `python benchmarks/report.py {args.protocol}`.\n\n"
     )
-    if not table.empty:
+    reference = protocol.get("reference")
+    if not table.empty and reference is None:
         text += markdown(table, order) + "\n" + aggregate(table, order)
+    elif not table.empty:
+        text += ablation(table, order, reference)
     target = args.results / f"{args.protocol.stem}.md"
     target.write_text(text)
     plot(rows, order, target.with_suffix(".png"))
+    if args.into is not None:
+        insert(text, args.protocol.stem, args.into)
     print(text)
 
 

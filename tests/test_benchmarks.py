@@ -88,6 +88,32 @@ def test_runs_resume_and_are_reported(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(rows(tmp_path, "SDAC")) == 2
 
 
+def test_report_of_an_ablation_goes_into_a_page(tmp_path: Path) -> None:
+    """One line per configuration with the ratio to the reference on the seeds that both have, here worked out by hand."""
+    protocol = {**PROTOCOL, "reference": "SDAC", "score_evaluations": 1, "configurations": {"SDAC": {}, "other": {}, "none": {}}}
+    finished = {("SDAC", "A-v1", 0): 100, ("SDAC", "A-v1", 1): 300, ("SDAC", "B-v1", 0): 50, ("other", "A-v1", 1): 150}
+    folder = tmp_path / "results" / "tiny"
+    folder.mkdir(parents=True)
+    for (configuration, env, seed), value in {**finished, ("other", "B-v1", 0): 100}.items():
+        row = f"{configuration},0123456789,{env},{seed},3000,1500,60,{value - 1} {value + 1}\n"
+        (folder / f"{configuration}_{env}_{seed}.csv").write_text(
+            "configuration,config,env,seed,env_steps,updates,wall_time,returns\n" + row
+        )
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- tiny.md -->\nold\n<!-- end of tiny.md -->\nafter\n")
+    for _ in range(2):  # the second finds what the first has written
+        process = run("report.py", tmp_path, "--into", str(page), protocol=protocol)
+        assert process.returncode == 0, process.stderr
+    written = (tmp_path / "results" / "tiny.md").read_text()
+    assert "| SDAC | 200 (100, 300) | 50 (50) | 1.00 |\n| other | 150 (150) | 100 (100) | 1.25 |\n" in written
+    assert page.read_text() == f"before\n<!-- tiny.md -->\n{written}<!-- end of tiny.md -->\nafter\n"
+
+    page.write_text("no place for it")
+    process = run("report.py", tmp_path, "--into", str(page), protocol=protocol)
+    assert process.returncode == 1 and "needs the lines '<!-- tiny.md -->'" in process.stderr
+    assert page.read_text() == "no place for it"
+
+
 def test_a_failed_run_is_reported_and_tried_again(tmp_path: Path) -> None:
     """The others go on; the exit status says that something failed."""
     configurations = {"SDAC": {"algo": "sdac", "tau": 7}, "SAC": PROTOCOL["configurations"]["SAC"]}  # type: ignore[index]
