@@ -51,7 +51,7 @@ def test_runs_resume_and_are_reported(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which it sets itself
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     harness = importlib.import_module("run")
-    # A clock that goes by its readings, two per step of both environments: it is over after one evaluation of two, on any machine
+    # A clock that goes by its readings, two per step of the environments: time is over after the first evaluation, anywhere
     monkeypatch.setattr(harness, "time", SimpleNamespace(time=itertools.count().__next__))
     path = tmp_path / "tiny.yml"
     path.write_text(yaml.safe_dump(PROTOCOL, sort_keys=False))
@@ -90,7 +90,8 @@ def test_runs_resume_and_are_reported(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_report_of_an_ablation_goes_into_a_page(tmp_path: Path) -> None:
     """One line per configuration with the ratio to the reference on the seeds that both have, here worked out by hand."""
-    protocol = {**PROTOCOL, "reference": "SDAC", "score_evaluations": 1, "configurations": {"SDAC": {}, "other": {}, "none": {}}}
+    configurations: dict[str, dict] = {"SDAC": {}, "other": {}, "none": {}}
+    protocol = {**PROTOCOL, "reference": "SDAC", "score_evaluations": 1, "configurations": configurations}
     finished = {("SDAC", "A-v1", 0): 100, ("SDAC", "A-v1", 1): 300, ("SDAC", "B-v1", 0): 50, ("other", "A-v1", 1): 150}
     folder = tmp_path / "results" / "tiny"
     folder.mkdir(parents=True)
