@@ -107,6 +107,37 @@ def last_in_float32(layers: nn.Sequential, x: th.Tensor) -> th.Tensor:
         return last(x.float())
 
 
+class RunningNorm(nn.Module):
+    """
+    Features minus their mean, over their standard deviation, both moving averages over the batches seen in training mode.
+
+    Batch normalisation as it is in evaluation, but in training, too: the noise predictor gets in learning what it gets in
+    acting. Momentum and epsilon as in :class:`BatchStatistics`; nothing is learned, as a linear layer follows.
+
+    :param n_features: F
+    """
+
+    running_mean: th.Tensor
+    running_var: th.Tensor
+
+    def __init__(self, n_features: int):
+        super().__init__()
+        self.register_buffer("running_mean", th.zeros(n_features))
+        self.register_buffer("running_var", th.ones(n_features))
+
+    def forward(self, features: th.Tensor) -> th.Tensor:
+        """
+        :param features: shape (B, F)
+        :return: same shape
+        """
+        if self.training:
+            with th.no_grad():
+                variance, mean = th.var_mean(features, dim=0)
+                self.running_mean.lerp_(mean, BatchStatistics.momentum)
+                self.running_var.lerp_(variance, BatchStatistics.momentum)
+        return (features - self.running_mean) * (self.running_var + BatchStatistics.eps).rsqrt()
+
+
 class NoisePredictor(nn.Module):
     """
     eps_theta(features, x_t, t): an MLP on the concatenation of features, noisy sample and embedded diffusion step.
@@ -116,14 +147,22 @@ class NoisePredictor(nn.Module):
     :param n_diffusion_steps: T
     :param net_arch: widths of the hidden layers
     :param activation_fn: activation function
+    :param normalise_features: whether the features come in units of their own, and are to be normalised
     """
 
     time_table: th.Tensor
 
     def __init__(
-        self, features_dim: int, x_dim: int, n_diffusion_steps: int, net_arch: list[int], activation_fn: type[nn.Module]
+        self,
+        features_dim: int,
+        x_dim: int,
+        n_diffusion_steps: int,
+        net_arch: list[int],
+        activation_fn: type[nn.Module],
+        normalise_features: bool = False,
     ):
         super().__init__()
+        self.norm = RunningNorm(features_dim) if normalise_features else nn.Identity()
         self.register_buffer("time_table", sinusoidal_embedding(n_diffusion_steps), persistent=False)
         activation_fn = Mish if activation_fn is nn.Mish else activation_fn
         self.time_mlp = nn.Sequential(*create_mlp(TIME_DIM, TIME_DIM, [2 * TIME_DIM], activation_fn))
@@ -143,7 +182,7 @@ class NoisePredictor(nn.Module):
         :param features: shape (..., F)
         :return: shape (..., H)
         """
-        return F.linear(features, self.first.weight[:, : self._splits[0]], self.first.bias)
+        return F.linear(self.norm(features), self.first.weight[:, : self._splits[0]], self.first.bias)
 
     def encode_time(self) -> th.Tensor:
         """

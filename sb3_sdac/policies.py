@@ -74,6 +74,7 @@ class Actor(BasePolicy):
         init_noise_scale: float = 0.5,
         beta_schedule: str = "vp",
         n_particles: int = 1,
+        batch_norm: bool = False,
     ):
         super().__init__(
             observation_space,
@@ -91,10 +92,13 @@ class Actor(BasePolicy):
         self.init_noise_scale = init_noise_scale
         self.beta_schedule = beta_schedule
         self.n_particles = n_particles
+        self.batch_norm = batch_norm
 
         self.action_dim = get_action_dim(action_space)
         self.diffusion = GaussianDiffusion(BETA_SCHEDULES[beta_schedule](n_diffusion_steps), n_sampling_steps, eta)
-        self.noise_predictor = NoisePredictor(features_dim, self.action_dim, n_diffusion_steps, net_arch, activation_fn)
+        self.noise_predictor = NoisePredictor(
+            features_dim, self.action_dim, n_diffusion_steps, net_arch, activation_fn, normalise_features=batch_norm
+        )
         self._register_fixed_noise()
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
@@ -314,7 +318,8 @@ class DiffusionPolicy(BasePolicy):
     :param exploration_noise: standard deviation of the normal noise added to explore, in units of the half box
     :param scale_noise_by_ent_coef: multiply ``exploration_noise`` with the entropy coefficient
     :param average_actor: act with a moving average of the actor
-    :param batch_norm: normalise the critics by batch statistics and have no target critics (CrossQ)
+    :param batch_norm: normalise the critics by batch statistics and have no target critics (CrossQ), and the features that the
+        actor gets by their running statistics
     """
 
     default_features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor
@@ -395,6 +400,7 @@ class DiffusionPolicy(BasePolicy):
             "init_noise_scale": init_noise_scale,
             "beta_schedule": beta_schedule,
             "n_particles": n_particles,
+            "batch_norm": batch_norm,
         }
         self.critic_kwargs = {
             **net_kwargs,

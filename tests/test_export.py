@@ -84,7 +84,8 @@ def make_model(observation_space: spaces.Space, normalize: dict[str, Any] | None
         model = SDAC(policy, env, **{**SMALL, **kwargs})
         for name, buffer in model.policy.named_buffers():
             if "running_" in name:
-                buffer.uniform_(0.5, 2)
+                # Thousands of features of images that are all off by one would drive every action into the same corner
+                buffer.uniform_(0.5, 2).mul_(0.01 if "norm.running_mean" in name and "noise_predictor" in name else 1)
         if model.actor_target is not None:  # not as the actor
             for parameter in model.actor_target.parameters():
                 parameter.data.add_(0.1 * th.randn_like(parameter))

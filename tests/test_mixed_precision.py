@@ -124,6 +124,7 @@ def test_weights_and_score_target_are_the_same(score_matching: str, monkeypatch:
     In bfloat16 the errors of critics trained on Pendulum had 0.8 temperatures, and ``ent_coef="auto"`` rose by half.
     """
     model = make_model(score_matching=score_matching)
+    model.policy.set_training_mode(False)  # the running statistics stay as they are
     seen: list[th.Tensor] = []
     for name in ("softmax_weights", "denoising_loss"):
         function = getattr(sm, name)

@@ -502,10 +502,32 @@ def test_images_are_normalised_on_demand() -> None:
     image = env.observation_space.sample()
     for normalise in (True, False):
         actor = make_policy(policy_class=CnnPolicy, observation_space=env.observation_space, normalize_images=normalise).actor
+        actor.set_training_mode(False)
         with th.no_grad():
             obs = th.as_tensor(image[None])
             expected = actor.noise_predictor.encode(actor.features_extractor(obs.float() / (255 if normalise else 1)))
             th.testing.assert_close(actor.encode(obs), expected)
+
+
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_the_unit_of_the_features_does_not_matter(batch_norm: bool) -> None:
+    """Training mode learns mean and variance, evaluation mode applies them and changes nothing; without it features are as is."""
+    actors = [make_policy(batch_norm=batch_norm).actor for _ in range(2)]  # of equal weights
+    scale, shift = th.tensor([0.5, 30.0, 4e3]), th.tensor([0.0, -60.0, 5e3])
+    obs = th.randn(256, 3, generator=th.Generator().manual_seed(0))
+    for _ in range(1500):  # 0.99^1500 is 3e-7
+        actors[0].encode(obs)
+        actors[1].encode(scale * obs + shift)
+    for actor in actors:
+        actor.set_training_mode(False)
+    before = {name: value.clone() for name, value in actors[1].state_dict().items()}
+    expected, encoded = actors[0].encode(obs[:7]), actors[1].encode((scale * obs + shift)[:7])
+    assert th.allclose(encoded, expected, atol=0.01) == batch_norm
+    assert all(th.equal(value, before[name]) for name, value in actors[1].state_dict().items())
+    # By hand, for one of them
+    normalised = (obs[:7] - obs.mean(0)) / obs.std(0) if batch_norm else obs[:7]
+    first = actors[0].noise_predictor.first
+    assert th.allclose(expected, normalised @ first.weight[:, :3].T + first.bias, atol=0.01)
 
 
 def test_shared_extractor_learns_from_the_actor_only() -> None:
