@@ -511,7 +511,7 @@ def test_images_are_normalised_on_demand() -> None:
 
 @pytest.mark.parametrize("batch_norm", [True, False])
 def test_the_unit_of_the_features_does_not_matter(batch_norm: bool) -> None:
-    """Training mode learns mean and variance, evaluation mode applies them and changes nothing; without it features are as is."""
+    """Training mode learns mean and variance, evaluation mode applies them and changes nothing."""
     actors = [make_policy(batch_norm=batch_norm).actor for _ in range(2)]  # of equal weights
     scale, shift = th.tensor([0.5, 30.0, 4e3]), th.tensor([0.0, -60.0, 5e3])
     obs = th.randn(256, 3, generator=th.Generator().manual_seed(0))
