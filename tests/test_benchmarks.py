@@ -4,6 +4,7 @@ import csv
 import importlib
 import itertools
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -113,6 +114,24 @@ def test_report_of_an_ablation_goes_into_a_page(tmp_path: Path) -> None:
     process = run("report.py", tmp_path, "--into", str(page), protocol=protocol)
     assert process.returncode == 1 and "needs the lines '<!-- tiny.md -->'" in process.stderr
     assert page.read_text() == "no place for it"
+
+
+def test_the_readme_shows_what_is_in_the_result_files(tmp_path: Path) -> None:
+    """Its command, on copies, changes nothing."""
+    results = shutil.copytree(ROOT / "benchmarks" / "results" / "short", tmp_path / "short").parent
+    page = Path(shutil.copy(ROOT / "README.md", tmp_path))
+    command = "python benchmarks/report.py benchmarks/short.yml --into README.md"
+    assert f"`{command}`" in page.read_text()
+    script, *args = command.removesuffix("README.md").split()[1:]
+    process = subprocess.run(
+        [sys.executable, script, *args, str(page), "--results", str(results)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    assert page.read_text() == (ROOT / "README.md").read_text()
 
 
 def test_a_failed_run_is_reported_and_tried_again(tmp_path: Path) -> None:
