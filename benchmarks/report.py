@@ -101,14 +101,13 @@ def ablation(table: pd.DataFrame, order: list[str], reference: str) -> str:
     for name in [name for name in order if name in own]:
         cells = []
         for env in envs:
-            seeds = own.loc[env, name].dropna() if env in own.index else own[name].iloc[:0]
+            seeds = own.loc[env, name].dropna()
             each = ", ".join(f"{score:.0f}" for score in seeds)
             cells.append(f"{seeds.mean():.0f} ({each})" if len(seeds) else "")
         ratio = ""
         if reference in own:
-            pairs = own[[name, reference]].dropna() if name != reference else own[[name, name]].dropna()
-            means = pairs.groupby("env").mean().to_numpy()
-            ratio = f"{(means[:, 0] / means[:, 1]).mean():.2f}" if len(means) else ""
+            means = own[[name, reference]].dropna().groupby("env").mean().to_numpy()
+            ratio = f"{(means[:, 0] / means[:, 1]).mean():.2f}" if len(means) and (means[:, 1] > 0).all() else ""
         lines.append("| " + " | ".join([name, *cells, ratio]) + " |")
     return "\n".join(lines) + "\n"
 
@@ -213,9 +212,13 @@ def main() -> None:
     text = (
         f"Score: mean of the last {protocol['score_evaluations']} evaluations, {protocol['eval_episodes']} deterministic "
         f"episodes each, after {protocol['n_timesteps']:,} environment steps. "
-        f"Last and best: a single evaluation, mean over seeds. Made by `python benchmarks/report.py {args.protocol}`.\n\n"
     )
     reference = protocol.get("reference")
+    if reference is None:
+        text += "Last and best: a single evaluation, mean over seeds. "
+    else:
+        text += f"In brackets that of each seed; ratio to {reference} on the same seeds, mean over the environments. "
+    text += f"Made by `python benchmarks/report.py {args.protocol}`.\n\n"
     if not table.empty and reference is None:
         text += markdown(table, order) + "\n" + aggregate(table, order)
     elif not table.empty:

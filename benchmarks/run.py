@@ -37,6 +37,8 @@ import joblib
 import yaml
 
 HERE = Path(__file__).parent
+#: To be raised when SDAC computes something else with the same arguments; 2: the actor's features are normalised
+ALGORITHM_VERSION = 2
 COLUMNS = ["configuration", "config", "env", "seed", "env_steps", "updates", "wall_time", "returns"]
 
 
@@ -61,12 +63,12 @@ class Run:
 
     @property
     def config_hash(self) -> str:
-        """Of what decides the outcome, so that rows of different hyperparameters, or defaults of ours, are never mixed up."""
+        """Of what decides the outcome, so that rows of other hyperparameters, defaults or versions of ours are not mixed up."""
         from sb3_sdac import SDAC
 
         config = {"algo": self.algo, **self.hyperparams}
         if self.algo == "sdac":
-            config["defaults"] = str(inspect.signature(SDAC))
+            config["defaults"] = [ALGORITHM_VERSION, str(inspect.signature(SDAC))]
         return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:10]
 
     def read_rows(self) -> list[dict[str, str]]:

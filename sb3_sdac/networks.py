@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 #: Width of the embedding of the diffusion step, as in official SDAC
 TIME_DIM = 16
-#: Standard deviation of normalised features. Larger inputs let the first layer learn faster: HalfCheetah-v5 stood at 5545 after
-#: 60,000 steps, with 1 at 4807 (benchmarks/README.md)
+#: Standard deviation of normalised features. Larger inputs let the first layer learn faster: HalfCheetah-v5 stood at 5545
+#: after 60,000 steps, with 1 at 4807 (benchmarks/README.md)
 FEATURE_STD = 3.0
 
 
@@ -115,7 +115,8 @@ class RunningNorm(nn.Module):
     Features of mean 0 and standard deviation ``FEATURE_STD``, by moving averages over the batches seen in training mode.
 
     Batch normalisation as it is in evaluation, but in training, too: the noise predictor gets in learning what it gets in
-    acting. Momentum and epsilon as in :class:`BatchStatistics`; nothing is learned, as a linear layer follows.
+    acting. Momentum and epsilon as in :class:`BatchStatistics`, so features whose own standard deviation is below 0.03 stay
+    smaller than the others; nothing is learned, as a linear layer follows.
 
     :param n_features: F
     """
@@ -133,7 +134,7 @@ class RunningNorm(nn.Module):
         :param features: shape (B, F)
         :return: same shape
         """
-        if self.training:
+        if self.training and len(features) > 1:  # a single one has no variance
             with th.no_grad():
                 variance, mean = th.var_mean(features, dim=0)
                 self.running_mean.lerp_(mean, BatchStatistics.momentum)
@@ -182,8 +183,8 @@ class NoisePredictor(nn.Module):
         """
         What the features contribute to the first layer, bias included.
 
-        :param features: shape (..., F)
-        :return: shape (..., H)
+        :param features: shape (B, F)
+        :return: shape (B, H)
         """
         return F.linear(self.norm(features), self.first.weight[:, : self._splits[0]], self.first.bias)
 

@@ -48,7 +48,7 @@ def rows(folder: Path, configuration: str) -> list[dict[str, str]]:
 
 
 def test_runs_resume_and_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped by its time budget and called again, a run ends with the rows of one that was never stopped."""
+    """Stopped by its time budget and called again, a run goes on from its checkpoint; what is finished is left alone."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which it sets itself
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     harness = importlib.import_module("run")
@@ -63,6 +63,8 @@ def test_runs_resume_and_are_reported(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [int(row["env_steps"]) for row in first] == [1500]
     assert not interrupted.is_finished() and (interrupted.checkpoint / "checkpoint.zip").exists()
     monkeypatch.undo()
+    process = train(tmp_path, "--minutes", "0")
+    assert process.returncode == 0 and process.stdout.count("not begun") == 2, process.stderr
 
     process = train(tmp_path, "--jobs", "2")
     assert process.returncode == 0, process.stderr
@@ -132,6 +134,7 @@ def test_the_readme_shows_what_is_in_the_result_files(tmp_path: Path) -> None:
     )
     assert process.returncode == 0, process.stderr
     assert page.read_text() == (ROOT / "README.md").read_text()
+    assert (results / "short.md").read_text() == (ROOT / "benchmarks" / "results" / "short.md").read_text()
 
 
 def test_a_failed_run_is_reported_and_tried_again(tmp_path: Path) -> None:

@@ -524,7 +524,7 @@ def test_the_unit_of_the_features_does_not_matter(batch_norm: bool) -> None:
     expected, encoded = actors[0].encode(obs[:7]), actors[1].encode((scale * obs + shift)[:7])
     assert th.allclose(encoded, expected, atol=0.01) == batch_norm
     assert all(th.equal(value, before[name]) for name, value in actors[1].state_dict().items())
-    # By hand, for one of them
+    # By hand, for one of them. Scales far below 0.03 would come out smaller
     normalised = 3 * (obs[:7] - obs.mean(0)) / obs.std(0) if batch_norm else obs[:7]
     first = actors[0].noise_predictor.first
     assert th.allclose(expected, normalised @ first.weight[:, :3].T + first.bias, atol=0.01)

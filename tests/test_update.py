@@ -530,15 +530,26 @@ def test_running_statistics_approach_those_of_the_batch() -> None:
 
 
 def test_acting_leaves_the_statistics_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make_model(batch_norm=True)
+    """Those of the critics and of the actor; an averaged actor gets the actor's as they are."""
+    model = make_model(batch_norm=True, average_actor=True, target_update_interval=1)
+    assert model.actor_target is not None
     give_batch(model, monkeypatch, batch())
-    before = [buffer.clone() for buffer in model.critic.buffers()]
+    statistics = [*model.critic.buffers(), *model.actor.noise_predictor.norm.buffers()]
+    before = [buffer.clone() for buffer in statistics]
     model.predict(model.observation_space.sample())
     data = batch()
     model._score_matching_loss(model.actor.encode(data.observations), model.critic.encode(data.observations), data.actions)
-    assert all(map(th.equal, before, model.critic.buffers())) and before
+    assert all(map(th.equal, before, statistics)) and len(before) == 2 * 3
     model.train(1)
-    assert not any(map(th.equal, before, model.critic.buffers()))
+    assert not any(map(th.equal, before, statistics))
+    norm, norm_target = model.actor.noise_predictor.norm, model.actor_target.noise_predictor.norm
+    assert all(map(th.equal, norm.buffers(), norm_target.buffers()))
+
+
+def test_a_batch_of_one_has_no_variance() -> None:
+    model = make_model(batch_norm=True, batch_size=1, learning_starts=5)
+    model.learn(10)
+    assert all(value.isfinite().all() for value in model.policy.state_dict().values())
 
 
 def test_batch_norm_with_dict_observations() -> None:
