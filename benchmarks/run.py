@@ -63,7 +63,7 @@ class Run:
 
     @property
     def config_hash(self) -> str:
-        """Of what decides the outcome, so that rows of other hyperparameters, defaults or versions of ours are not mixed up."""
+        """Of what decides the outcome: rows of other hyperparameters, defaults or versions of ours are never mixed up."""
         from sb3_sdac import SDAC
 
         config = {"algo": self.algo, **self.hyperparams}
