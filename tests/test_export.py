@@ -281,8 +281,8 @@ def test_ant(normalize: bool, tmp_path: Path) -> None:
     """
     1,000 observations of random actions, the default networks after 500 updates; docs/export.md has the figures.
 
-    Before the running statistics are those of the features, the actor's inputs are as large as if they had a standard deviation
-    of 3, whatever they have, and with them grows the rounding: up to 1.2e-5 after ten updates.
+    Until the running statistics are those of the features, these are multiplied by nearly 3 whatever their size, and with
+    them grows the rounding: up to 1.2e-5 after ten updates.
     """
     pytest.importorskip("mujoco")
     env: VecEnv = make_vec_env("Ant-v5", seed=0)
