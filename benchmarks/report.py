@@ -216,13 +216,11 @@ def main() -> None:
     reference = protocol.get("reference")
     if reference is None:
         text += "Last and best: a single evaluation, mean over seeds. "
+        tables = "" if table.empty else markdown(table, order) + "\n" + aggregate(table, order)
     else:
         text += f"In brackets that of each seed; ratio to {reference} on the same seeds, mean over the environments. "
-    text += f"Made by `python benchmarks/report.py {args.protocol}`.\n\n"
-    if not table.empty and reference is None:
-        text += markdown(table, order) + "\n" + aggregate(table, order)
-    elif not table.empty:
-        text += ablation(table, order, reference)
+        tables = "" if table.empty else ablation(table, order, reference)
+    text += f"Made by `python benchmarks/report.py {args.protocol}`.\n\n{tables}"
     target = args.results / f"{args.protocol.stem}.md"
     target.write_text(text)
     plot(rows, order, target.with_suffix(".png"))
