@@ -22,8 +22,8 @@ from sb3_sdac.export import DeterministicActor, export_onnx
 #: Name, arguments, whether with VecNormalize, environment steps of training
 MODELS: list[tuple[str, dict[str, Any], bool, int]] = [
     ("default, untrained", {}, False, 0),
-    ("default, 500 updates", {}, False, 600),
-    ("the same with VecNormalize", {}, True, 600),
+    ("default, 20 updates", {"train_freq": 10}, False, 300),
+    ("the same with VecNormalize", {"train_freq": 10}, True, 300),
     ("paper, untrained", PAPER_SDAC, False, 0),
 ]
 

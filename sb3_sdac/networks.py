@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 #: Width of the embedding of the diffusion step, as in official SDAC
 TIME_DIM = 16
-#: Standard deviation of normalised features. Larger inputs may let the first layer learn faster: on HalfCheetah-v5, one seed
-#: up to 140,000 steps, evaluations had a mean of 5038, with 1 of 4778 (benchmarks/README.md)
-FEATURE_STD = 3.0
+#: Root mean square of the norm of normalised features. A step of Adam changes what a layer gives in proportion to the norm of
+#: its inputs, so that is what is the same whatever F. By measurement: benchmarks/README.md, "The actor's features"
+FEATURE_NORM = 12.0
 
 
 def _mish(x: th.Tensor) -> th.Tensor:
@@ -112,7 +112,8 @@ def last_in_float32(layers: nn.Sequential, x: th.Tensor) -> th.Tensor:
 
 class RunningNorm(nn.Module):
     """
-    Features of mean 0 and standard deviation ``FEATURE_STD``, by moving averages over the batches seen in training mode.
+    Features of mean 0 and of one standard deviation, ``FEATURE_NORM / sqrt(F)``, by moving averages over the batches seen in
+    training mode. Until there are any, features pass as they come.
 
     Batch normalisation as it is in evaluation, but in training, too: the noise predictor gets in learning what it gets in
     acting. Momentum and epsilon as in :class:`BatchStatistics`, so features whose own standard deviation is below 0.03 stay
@@ -126,8 +127,9 @@ class RunningNorm(nn.Module):
 
     def __init__(self, n_features: int):
         super().__init__()
+        self.std = FEATURE_NORM / math.sqrt(n_features)
         self.register_buffer("running_mean", th.zeros(n_features))
-        self.register_buffer("running_var", th.ones(n_features))
+        self.register_buffer("running_var", th.full((n_features,), self.std**2))
 
     def forward(self, features: th.Tensor) -> th.Tensor:
         """
@@ -139,7 +141,7 @@ class RunningNorm(nn.Module):
                 variance, mean = th.var_mean(features, dim=0)
                 self.running_mean.lerp_(mean, BatchStatistics.momentum)
                 self.running_var.lerp_(variance, BatchStatistics.momentum)
-        return FEATURE_STD * (features - self.running_mean) * (self.running_var + BatchStatistics.eps).rsqrt()
+        return self.std * (features - self.running_mean) * (self.running_var + BatchStatistics.eps).rsqrt()
 
 
 class NoisePredictor(nn.Module):

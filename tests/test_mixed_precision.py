@@ -17,7 +17,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 from sb3_sdac import PAPER_DPMD, PAPER_SDAC, SDAC, sdac
 from sb3_sdac import score_matching as sm
-from sb3_sdac.networks import FEATURE_STD, BatchStatistics, EnsembleLinear, RunningNorm
+from sb3_sdac.networks import EnsembleLinear, RunningNorm
 
 T = TypeVar("T")
 B, OBS_DIM, ACTION_DIM = 256, 17, 6
@@ -30,11 +30,8 @@ class CheetahSpaces(gym.Env):
     action_space = spaces.Box(-1, 1, (ACTION_DIM,))
 
 
-def make_model(feature_std: float = 1.0, **kwargs: Any) -> SDAC:
-    """The actor's features, which :func:`batch` draws from a standard normal, reach its first layer with ``feature_std``."""
+def make_model(**kwargs: Any) -> SDAC:
     model = SDAC("MlpPolicy", CheetahSpaces(), **{"buffer_size": 10, "seed": 0, "device": "cpu", **kwargs})
-    if isinstance(norm := model.actor.noise_predictor.norm, RunningNorm):
-        norm.running_var.fill_((FEATURE_STD / feature_std) ** 2 - BatchStatistics.eps)
     model.set_logger(configure(None, []))
     model.policy.set_training_mode(False)  # running statistics stay as they are from one computation to the next
     return model
@@ -103,12 +100,14 @@ def test_actions_without_a_choice(beta_schedule: str, bound: float) -> None:
 
 
 def test_actions_of_normalised_features() -> None:
-    """Inputs as large as the default's are rounded more, still to well below the exploration noise of 0.1."""
-    model = make_model(FEATURE_STD, n_target_particles=1)
+    """Features of the default's norm, here a standard deviation of 2.9, are rounded more, yet far below the exploration noise."""
+    model = make_model(n_target_particles=1)
+    assert isinstance(norm := model.actor.noise_predictor.norm, RunningNorm)
+    norm.running_var.fill_(1)  # that of the batch
     actions, mixed = in_both(model, lambda: sample_actions(model))
     differences = (mixed - actions).abs()
     assert 0 < differences.mean() < 5e-3
-    assert differences.flatten().quantile(0.99) < 0.05
+    assert differences.flatten().quantile(0.99) < 0.05 < model.exploration_noise
 
 
 @pytest.mark.parametrize("prepare", [None, with_a_high_level, with_learned_values], ids=["fresh", "level", "learned"])

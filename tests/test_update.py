@@ -17,7 +17,7 @@ from torch import nn
 
 from sb3_sdac import PAPER_DPMD, PAPER_SDAC, SDAC
 from sb3_sdac import score_matching as sm
-from sb3_sdac.networks import EnsembleLinear
+from sb3_sdac.networks import EnsembleLinear, RunningNorm
 from sb3_sdac.sdac import _concatenate
 
 B = 8
@@ -527,6 +527,21 @@ def test_running_statistics_approach_those_of_the_batch() -> None:
         after = critic.q_values(critic.encode(obs), actions)
     assert (before - values).abs().max() > 0.1
     th.testing.assert_close(after, values, rtol=1e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("n_features", [3, 400])
+def test_the_actors_features_have_one_norm(n_features: int) -> None:
+    """Whatever their units and number, once there are statistics; until then they pass as they come."""
+    norm = RunningNorm(n_features)
+    features = 10 ** th.linspace(0, 3, n_features) * (th.randn(4096, n_features) + 5)
+    th.testing.assert_close(norm.eval()(features), features, rtol=2e-3, atol=0)
+    norm.train()
+    for _ in range(1000):
+        norm(features)
+    normalised = norm(features)
+    assert normalised.square().sum(dim=1).mean().sqrt() == pytest.approx(12, rel=0.02)
+    th.testing.assert_close(normalised.std(dim=0), th.full((n_features,), 12 / n_features**0.5), rtol=0.01, atol=0)
+    th.testing.assert_close(normalised.mean(dim=0), th.zeros(n_features), rtol=0, atol=0.02)
 
 
 def test_acting_leaves_the_statistics_alone(monkeypatch: pytest.MonkeyPatch) -> None:
