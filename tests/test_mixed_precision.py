@@ -100,9 +100,10 @@ def test_actions_without_a_choice(beta_schedule: str, bound: float) -> None:
 
 
 def test_actions_of_normalised_features() -> None:
-    """Features of the default's norm, here a standard deviation of 2.9, are rounded more, yet far below the exploration noise."""
+    """Features of the default's norm, here a standard deviation of 2.9, are rounded more, yet below the noise of exploration."""
     model = make_model(n_target_particles=1)
-    assert isinstance(norm := model.actor.noise_predictor.norm, RunningNorm)
+    norm = model.actor.noise_predictor.norm
+    assert isinstance(norm, RunningNorm)
     norm.running_var.fill_(1)  # that of the batch
     actions, mixed = in_both(model, lambda: sample_actions(model))
     differences = (mixed - actions).abs()
