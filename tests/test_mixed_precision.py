@@ -100,7 +100,7 @@ def test_actions_without_a_choice(beta_schedule: str, bound: float) -> None:
 
 
 def test_actions_of_normalised_features() -> None:
-    """Features of the default's norm, here a standard deviation of 2.9, are rounded more, yet below the noise of exploration."""
+    """Features of the default's norm, here a standard deviation of 2.9, are rounded more, but below the exploration noise."""
     model = make_model(n_target_particles=1)
     norm = model.actor.noise_predictor.norm
     assert isinstance(norm, RunningNorm)
