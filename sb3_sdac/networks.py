@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 #: Width of the embedding of the diffusion step, as in official SDAC
 TIME_DIM = 16
-#: Root mean square of the norm of normalised features. A step of Adam changes what a layer gives in proportion to the norm of
-#: its inputs, so that is what is the same whatever F. By measurement: benchmarks/README.md, "The actor's features"
-FEATURE_NORM = 12.0
+#: Largest norm of the actor's features around their mean, root mean square. A step of Adam changes what a layer gives in
+#: proportion to the norm of its inputs; by measurement: benchmarks/README.md, "The actor's features"
+MAX_FEATURE_NORM = 20.0
 
 
 def _mish(x: th.Tensor) -> th.Tensor:
@@ -110,26 +110,28 @@ def last_in_float32(layers: nn.Sequential, x: th.Tensor) -> th.Tensor:
         return last(x.float())
 
 
-class RunningNorm(nn.Module):
+class NormLimit(nn.Module):
     """
-    Features of mean 0 and of one standard deviation, ``FEATURE_NORM / sqrt(F)``, by moving averages over the batches seen in
-    training mode. Until there are any, features pass as they come.
+    Features around their mean, the largest of them scaled down to one standard deviation such that the norm of all, root
+    mean square, is at most ``MAX_FEATURE_NORM``. Smaller ones keep their unit: were they scaled up, rare contacts would
+    be as loud as velocities.
 
-    Batch normalisation as it is in evaluation, but in training, too: the noise predictor gets in learning what it gets in
-    acting. Momentum and epsilon as in :class:`BatchStatistics`, so features whose own standard deviation is below 0.03 stay
-    smaller than the others; nothing is learned, as a linear layer follows.
+    Mean and variance are moving averages over the batches seen in training mode, and used there, too: the noise predictor
+    gets in learning what it gets in acting. Momentum as in :class:`BatchStatistics`. Nothing is learned, as a linear layer
+    follows.
 
     :param n_features: F
     """
 
     running_mean: th.Tensor
     running_var: th.Tensor
+    scale: th.Tensor
 
     def __init__(self, n_features: int):
         super().__init__()
-        self.std = FEATURE_NORM / math.sqrt(n_features)
         self.register_buffer("running_mean", th.zeros(n_features))
-        self.register_buffer("running_var", th.full((n_features,), self.std**2))
+        self.register_buffer("running_var", th.zeros(n_features))
+        self.register_buffer("scale", th.ones(n_features))
 
     def forward(self, features: th.Tensor) -> th.Tensor:
         """
@@ -141,7 +143,24 @@ class RunningNorm(nn.Module):
                 variance, mean = th.var_mean(features, dim=0)
                 self.running_mean.lerp_(mean, BatchStatistics.momentum)
                 self.running_var.lerp_(variance, BatchStatistics.momentum)
-        return self.std * (features - self.running_mean) * (self.running_var + BatchStatistics.eps).rsqrt()
+                self.scale.copy_((largest_variance(self.running_var) / self.running_var).clamp(max=1).sqrt())
+        return (features - self.running_mean) * self.scale
+
+
+def largest_variance(variances: th.Tensor, total: float = MAX_FEATURE_NORM**2) -> th.Tensor:
+    """
+    The level c at which sum_i min(v_i, c) = total. Where that sum stays below whatever c is, some c that limits none.
+
+    With v in ascending order, the sum is the least of v_1 + .. + v_k + (F - k) c over k, so c is the greatest of
+    (total - v_1 - .. - v_k) / (F - k): "water-filling".
+
+    :param variances: v, shape (F,)
+    :param total: positive
+    :return: c, scalar
+    """
+    variances, _ = variances.sort()
+    smaller = variances.cumsum(0) - variances  # v_1 + .. + v_k for k = 0 .. F - 1
+    return ((total - smaller) / th.arange(len(variances), 0, -1, device=variances.device)).max()
 
 
 class NoisePredictor(nn.Module):
@@ -153,7 +172,7 @@ class NoisePredictor(nn.Module):
     :param n_diffusion_steps: T
     :param net_arch: widths of the hidden layers
     :param activation_fn: activation function
-    :param normalise_features: whether the features come in units of their own, and are to be normalised
+    :param limit_features: whether the features come in units of their own, and their norm is to be limited
     """
 
     time_table: th.Tensor
@@ -165,10 +184,10 @@ class NoisePredictor(nn.Module):
         n_diffusion_steps: int,
         net_arch: list[int],
         activation_fn: type[nn.Module],
-        normalise_features: bool = False,
+        limit_features: bool = False,
     ):
         super().__init__()
-        self.norm = RunningNorm(features_dim) if normalise_features else nn.Identity()
+        self.norm = NormLimit(features_dim) if limit_features else nn.Identity()
         self.register_buffer("time_table", sinusoidal_embedding(n_diffusion_steps), persistent=False)
         activation_fn = Mish if activation_fn is nn.Mish else activation_fn
         self.time_mlp = nn.Sequential(*create_mlp(TIME_DIM, TIME_DIM, [2 * TIME_DIM], activation_fn))

@@ -97,7 +97,7 @@ class Actor(BasePolicy):
         self.action_dim = get_action_dim(action_space)
         self.diffusion = GaussianDiffusion(BETA_SCHEDULES[beta_schedule](n_diffusion_steps), n_sampling_steps, eta)
         self.noise_predictor = NoisePredictor(
-            features_dim, self.action_dim, n_diffusion_steps, net_arch, activation_fn, normalise_features=batch_norm
+            features_dim, self.action_dim, n_diffusion_steps, net_arch, activation_fn, limit_features=batch_norm
         )
         self._register_fixed_noise()
 
@@ -318,8 +318,8 @@ class DiffusionPolicy(BasePolicy):
     :param exploration_noise: standard deviation of the normal noise added to explore, in units of the half box
     :param scale_noise_by_ent_coef: multiply ``exploration_noise`` with the entropy coefficient
     :param average_actor: act with a moving average of the actor
-    :param batch_norm: normalise the critics by batch statistics and have no target critics (CrossQ), and the features that the
-        actor gets by their running statistics
+    :param batch_norm: normalise the critics by batch statistics and have no target critics (CrossQ), and limit
+        the norm of the features that the actor gets
     """
 
     default_features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor

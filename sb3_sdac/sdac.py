@@ -158,8 +158,8 @@ class SDAC(OffPolicyAlgorithm):
         ``final`` between its ``begin``-th and ``end``-th update (the paper)
     :param critic_steps: steps of the critics' optimizer per update, all with the same gradient (2 in official DPMD)
     :param batch_norm: normalise the inputs of the critics' layers by the statistics of the batch, and do without target
-        critics (CrossQ); ``tau`` and ``target_update_interval`` then only concern an averaged actor. The features that the
-        actor gets are normalised by their running mean and variance
+        critics (CrossQ); ``tau`` and ``target_update_interval`` then only concern an averaged actor. Of the features that
+        the actor gets the mean is taken off, and their norm is limited
     :param mixed_precision: draw the update's actions in bfloat16, under ``torch.autocast``; ``"auto"`` where the processor has
         such instructions (CPUs with AVX512-BF16 or AMX, CUDA devices). Acting, Q-values and all that is learned stay float32
     :param compile: compile the denoising step of the updates with ``torch.compile`` (half a minute the first time; needs a C++

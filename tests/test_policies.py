@@ -16,7 +16,7 @@ from stable_baselines3.common.utils import ConstantSchedule
 from torch import nn
 
 from sb3_sdac import SDAC, CnnPolicy, DiffusionPolicy, MultiInputPolicy
-from sb3_sdac.networks import EnsembleLinear, Mish
+from sb3_sdac.networks import MAX_FEATURE_NORM, EnsembleLinear, Mish
 from sb3_sdac.policies import Actor, Critic
 
 SMALL: dict[str, Any] = {"net_arch": [16], "n_diffusion_steps": 5, "n_sampling_steps": 2, "n_particles": 2}
@@ -510,24 +510,33 @@ def test_images_are_normalised_on_demand() -> None:
 
 
 @pytest.mark.parametrize("batch_norm", [True, False])
-def test_the_unit_of_the_features_does_not_matter(batch_norm: bool) -> None:
-    """Training mode learns mean and variance, evaluation mode applies them and changes nothing."""
-    actors = [make_policy(batch_norm=batch_norm).actor for _ in range(2)]  # of equal weights
-    scale, shift = th.tensor([0.5, 30.0, 4e3]), th.tensor([0.0, -60.0, 5e3])
-    obs = th.randn(256, 3, generator=th.Generator().manual_seed(0))
+def test_the_norm_of_the_features_is_limited(batch_norm: bool) -> None:
+    """
+    Training mode learns mean and variance, evaluation mode applies them and changes nothing.
+
+    The largest features are scaled down to one size, smaller and constant ones keep theirs; untrained, all pass as they come.
+    """
+    actor = make_policy(batch_norm=batch_norm).actor
+    first = actor.noise_predictor.first
+    obs = th.tensor([0.1, 100, 3000]) * (th.randn(256, 3, generator=th.Generator().manual_seed(0)) + 5)
+
+    def by_hand(features: th.Tensor) -> th.Tensor:
+        return features @ first.weight[:, :3].T + first.bias
+
+    actor.set_training_mode(False)
+    th.testing.assert_close(actor.encode(obs), by_hand(obs))
+    actor.set_training_mode(True)
     for _ in range(1500):  # 0.99^1500 is 3e-7
-        actors[0].encode(obs)
-        actors[1].encode(scale * obs + shift)
-    for actor in actors:
-        actor.set_training_mode(False)
-    before = {name: value.clone() for name, value in actors[1].state_dict().items()}
-    expected, encoded = actors[0].encode(obs[:7]), actors[1].encode((scale * obs + shift)[:7])
-    assert th.allclose(encoded, expected, atol=0.01) == batch_norm
-    assert all(th.equal(value, before[name]) for name, value in actors[1].state_dict().items())
-    # By hand, for one of them. Scales far below 0.03 would come out smaller
-    normalised = 3 * (obs[:7] - obs.mean(0)) / obs.std(0) if batch_norm else obs[:7]
-    first = actors[0].noise_predictor.first
-    assert th.allclose(expected, normalised @ first.weight[:, :3].T + first.bias, atol=0.01)
+        actor.encode(obs)
+    actor.set_training_mode(False)
+    before = {name: value.clone() for name, value in actor.state_dict().items()}
+    centred = obs - obs.mean(dim=0)
+    size = ((MAX_FEATURE_NORM**2 - centred[:, 0].var()) / 2).sqrt()
+    limited = th.stack([centred[:, 0], *(size * centred[:, 1:] / centred[:, 1:].std(dim=0)).T], dim=1)
+    th.testing.assert_close(actor.encode(obs), by_hand(limited if batch_norm else obs), atol=1e-2, rtol=1e-4)
+    if batch_norm:
+        assert limited.square().sum(dim=1).mean().sqrt() == pytest.approx(MAX_FEATURE_NORM, rel=0.01)
+    assert all(th.equal(value, before[name]) for name, value in actor.state_dict().items())
 
 
 def test_shared_extractor_learns_from_the_actor_only() -> None:

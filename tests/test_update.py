@@ -17,7 +17,7 @@ from torch import nn
 
 from sb3_sdac import PAPER_DPMD, PAPER_SDAC, SDAC
 from sb3_sdac import score_matching as sm
-from sb3_sdac.networks import EnsembleLinear, RunningNorm
+from sb3_sdac.networks import EnsembleLinear, largest_variance
 from sb3_sdac.sdac import _concatenate
 
 B = 8
@@ -529,19 +529,18 @@ def test_running_statistics_approach_those_of_the_batch() -> None:
     th.testing.assert_close(after, values, rtol=1e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("n_features", [3, 400])
-def test_the_actors_features_have_one_norm(n_features: int) -> None:
-    """Whatever their units and number, once there are statistics; until then they pass as they come."""
-    norm = RunningNorm(n_features)
-    features = 10 ** th.linspace(0, 3, n_features) * (th.randn(4096, n_features) + 5)
-    th.testing.assert_close(norm.eval()(features), features, rtol=2e-3, atol=0)
-    norm.train()
-    for _ in range(1000):
-        norm(features)
-    normalised = norm(features)
-    assert normalised.square().sum(dim=1).mean().sqrt() == pytest.approx(12, rel=0.02)
-    th.testing.assert_close(normalised.std(dim=0), th.full((n_features,), 12 / n_features**0.5), rtol=0.01, atol=0)
-    th.testing.assert_close(normalised.mean(dim=0), th.zeros(n_features), rtol=0, atol=0.02)
+@pytest.mark.parametrize(
+    "variances, level",
+    [([1, 2, 3], 397), ([9, 1000, 0, 500], 195.5), ([1e3, 1e4, 1e5, 1e6], 100), ([399, 401], 200), ([1e9], 400), ([0, 0], 400)],
+)
+def test_level_of_variances(variances: list[float], level: float) -> None:
+    """Those above it count as it; with all of them below 400 in sum it is above the largest."""
+    found = largest_variance(th.tensor(variances), total=400)
+    assert found.item() == pytest.approx(level)
+    if sum(variances) < 400:
+        assert found >= max(variances)
+    else:
+        assert th.tensor(variances).clamp(max=found.item()).sum().item() == pytest.approx(400)
 
 
 def test_acting_leaves_the_statistics_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -549,7 +548,8 @@ def test_acting_leaves_the_statistics_alone(monkeypatch: pytest.MonkeyPatch) -> 
     model = make_model(batch_norm=True, average_actor=True, target_update_interval=1)
     assert model.actor_target is not None
     give_batch(model, monkeypatch, batch())
-    statistics = [*model.critic.buffers(), *model.actor.noise_predictor.norm.buffers()]
+    norm, norm_target = model.actor.noise_predictor.norm, model.actor_target.noise_predictor.norm
+    statistics = [*model.critic.buffers(), norm.running_mean, norm.running_var]
     before = [buffer.clone() for buffer in statistics]
     model.predict(model.observation_space.sample())
     data = batch()
@@ -557,7 +557,6 @@ def test_acting_leaves_the_statistics_alone(monkeypatch: pytest.MonkeyPatch) -> 
     assert all(map(th.equal, before, statistics)) and len(before) == 2 * 3
     model.train(1)
     assert not any(map(th.equal, before, statistics))
-    norm, norm_target = model.actor.noise_predictor.norm, model.actor_target.noise_predictor.norm
     assert all(map(th.equal, norm.buffers(), norm_target.buffers()))
 
 
