@@ -27,7 +27,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from sb3_sdac.buffers import ARRAYS, DeviceReplayBuffer
 from sb3_sdac.sdac import SDAC
 
-_VERSION = 3
+_VERSION = 4
 
 
 def save_checkpoint(model: OffPolicyAlgorithm, path: str | Path) -> None:
