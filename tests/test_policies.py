@@ -514,7 +514,7 @@ def test_the_norm_of_the_features_is_limited(batch_norm: bool) -> None:
     """
     Training mode learns mean and variance, evaluation mode applies them and changes nothing.
 
-    The largest features are scaled down to one size, smaller and constant ones keep theirs; untrained, all pass as they come.
+    The largest features are scaled down to one size, smaller ones keep theirs; untrained, all pass as they come.
     """
     actor = make_policy(batch_norm=batch_norm).actor
     first = actor.noise_predictor.first
