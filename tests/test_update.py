@@ -543,6 +543,20 @@ def test_level_of_variances(variances: list[float], level: float) -> None:
         assert th.tensor(variances).clamp(max=found.item()).sum().item() == pytest.approx(400)
 
 
+def test_only_the_largest_features_are_scaled() -> None:
+    """A constant and a small one keep their unit, around 0; the others come down to one standard deviation."""
+    norm = NormLimit(4)
+    features = th.tensor([5.0, 0.5, 30.0, 200.0]) * th.tensor([1.0, -1.0]).view(2, 1)  # (2, 4): +-
+    features[:, 0] = 5.0
+    for _ in range(2000):  # until the moving averages have come to rest
+        norm(features)
+    limited = norm.eval()(features + th.tensor([0.0, 1.0, 0.0, 0.0]))
+    # By hand: the unbiased variance of +-x is 2 x^2; (400 - 0 - 0.5) / 2 is left to each of the two largest
+    large = (199.75 / 2) ** 0.5
+    expected = th.tensor([[0.0, 1.5, large, large], [0.0, 0.5, -large, -large]])
+    th.testing.assert_close(limited, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_acting_leaves_the_statistics_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the critics and of the actor; an averaged actor gets the actor's as they are."""
     model = make_model(batch_norm=True, average_actor=True, target_update_interval=1)
