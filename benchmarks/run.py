@@ -242,9 +242,10 @@ def train(run: Run, deadline: float, checkpoint_seconds: float, device: str) -> 
             self.resumed_at = self.saved_at = time.time()
 
     keeper = Keeper()
-    model.learn(run.n_timesteps - model.num_timesteps, keeper, log_interval=None, reset_num_timesteps=False)
-    if model.num_timesteps // run.eval_freq > len(rows):
-        keeper.evaluate()
+    with contextlib.closing(model.get_env()), contextlib.closing(eval_env):  # their monitors' files
+        model.learn(run.n_timesteps - model.num_timesteps, keeper, log_interval=None, reset_num_timesteps=False)
+        if model.num_timesteps // run.eval_freq > len(rows):
+            keeper.evaluate()
     if run.is_finished():
         shutil.rmtree(run.checkpoint)
         return "finished"
