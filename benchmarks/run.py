@@ -242,15 +242,15 @@ def train(run: Run, deadline: float, checkpoint_seconds: float, device: str) -> 
             self.resumed_at = self.saved_at = time.time()
 
     keeper = Keeper()
-    with contextlib.closing(model.get_env()), contextlib.closing(eval_env):  # their monitors' files
+    with contextlib.closing(model.get_env()), contextlib.closing(eval_env):  # a checkpoint is of open ones
         model.learn(run.n_timesteps - model.num_timesteps, keeper, log_interval=None, reset_num_timesteps=False)
         if model.num_timesteps // run.eval_freq > len(rows):
             keeper.evaluate()
-    if run.is_finished():
-        shutil.rmtree(run.checkpoint)
-        return "finished"
-    keeper.save()
-    return f"stopped at {model.num_timesteps} of {run.n_timesteps} steps, to be continued"
+        if run.is_finished():
+            shutil.rmtree(run.checkpoint)
+            return "finished"
+        keeper.save()
+        return f"stopped at {model.num_timesteps} of {run.n_timesteps} steps, to be continued"
 
 
 def attempt(run: Run, *args: Any) -> tuple[Run, str, bool]:
