@@ -379,7 +379,6 @@ class DiffusionPolicy(BasePolicy):
         self.eta = eta
         self.init_noise_scale = init_noise_scale
         self.beta_schedule = beta_schedule
-        self.n_particles = n_particles
         self.exploration_noise = exploration_noise
         self.scale_noise_by_ent_coef = scale_noise_by_ent_coef
         self.average_actor = average_actor
@@ -413,6 +412,11 @@ class DiffusionPolicy(BasePolicy):
         # read it. It is set by the algorithm; no gradient ever reaches it.
         self.log_ent_coef = nn.Parameter(th.zeros(()), requires_grad=False)
         self._build(lr_schedule)
+
+    @property
+    def n_particles(self) -> int:
+        """N, particles when acting. Fixed, as the actor holds as much noise: for others, load with ``n_particles=...``."""
+        return self.actor.n_particles
 
     def _build(self, lr_schedule: Schedule) -> None:
         self.actor = self.make_actor()

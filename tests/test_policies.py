@@ -191,6 +191,13 @@ def test_one_particle_needs_no_critic(deterministic: bool, monkeypatch: pytest.M
         make_policy(n_particles=2).predict(observations(), deterministic=deterministic)
 
 
+def test_number_of_particles_is_the_actors() -> None:
+    policy = make_policy(n_particles=3)
+    assert policy.n_particles == policy.actor.n_particles == policy.actor.fixed_x_T.shape[1] == 3
+    with pytest.raises(AttributeError, match="n_particles"):  # the fixed noise would not follow
+        policy.n_particles = 5  # type: ignore[misc]
+
+
 def test_actor_forward_is_one_particle() -> None:
     policy = make_policy(n_particles=4)
     obs = th.as_tensor(observations())
