@@ -179,14 +179,14 @@ class DeterministicActor(nn.Module):
         The particles among which the critics choose, for whoever wants to see by how much.
 
         :param obs: as for :meth:`forward`
-        :return: actions, shape (B, N, *action_space.shape), and their min Q, shape (B, N), which is 0 if N is 1
+        :return: actions, shape (B, N, *action_space.shape), and their Q, shape (B, N), which is 0 if N is 1
         """
         obs, actor = self._prepare(obs), self.policy.actor
         particles = actor.sample(actor.encode(obs), actor.fixed_x_T, actor.fixed_step_noise)
         batch_size, n_particles, _ = particles.shape
         q_values = particles.new_zeros(batch_size, 1)
         if n_particles > 1:
-            q_values = self.policy.critic.min_q(self.policy.critic.encode(obs), particles)
+            q_values = self.policy.critic.q(self.policy.critic.encode(obs), particles)
         return self._unscale(particles.flatten(end_dim=1)).unflatten(0, (batch_size, n_particles)), q_values
 
     def sample_observations(self, batch_size: int, seed: int = 0) -> PyTorchObs:

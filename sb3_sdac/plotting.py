@@ -24,7 +24,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Figure as LoggedFigure
 from stable_baselines3.common.type_aliases import PyTorchObs
 
-from sb3_sdac.policies import DiffusionPolicy, is_count
+from sb3_sdac.policies import Critic, DiffusionPolicy, is_count
 
 try:
     from matplotlib.axes import Axes
@@ -74,9 +74,10 @@ def plot_action_density(model: BaseAlgorithm, obs: Obs, n_samples: int = 1000, d
 
 def plot_q_landscape(model: BaseAlgorithm, obs: Obs, dims: Sequence[int] | None = None, resolution: int = 41) -> Figure:
     """
-    The least of the critics' values over the action box, in the slice through the deterministic action.
+    The critics' values over the action box, in the slice through the deterministic action.
 
-    In the critics' unit: with SDAC that of the scaled rewards, as ``train/q_value`` is logged. TQC's quantiles are averaged.
+    Of SDAC its Q, as ``pessimism`` makes it, of the others the least of their critics, of which TQC's are the means of their
+    quantiles. In the critics' unit: with SDAC that of the scaled rewards, as ``train/q_value`` is logged.
 
     :param model: one with critics of observation and action: SDAC, and SB3's SAC, TD3, DDPG, TQC, CrossQ
     :param obs: one observation, as the policy sees it
@@ -106,7 +107,7 @@ def plot_q_landscape(model: BaseAlgorithm, obs: Obs, dims: Sequence[int] | None 
         actions[:, slice_dims] = points
         with _undisturbed(model):
             tensor, _ = model.policy.obs_to_tensor(_repeat(model, obs, len(points)))
-            return _min_q(critic, tensor, th.as_tensor(actions, device=model.device))
+            return _q(critic, tensor, th.as_tensor(actions, device=model.device))
 
     def draw_one(axes: Axes, i: int) -> None:
         axes.plot(low[i] + (grid + 1) / 2 * (high[i] - low[i]), values(i))
@@ -118,7 +119,7 @@ def plot_q_landscape(model: BaseAlgorithm, obs: Obs, dims: Sequence[int] | None 
         axes.plot(centre[i], centre[j], "kx", clip_on=False)
         axes.figure.colorbar(mesh, ax=axes)
 
-    return _corner(dims, draw_one, draw_two, "min Q")
+    return _corner(dims, draw_one, draw_two, "Q")
 
 
 def plot_denoising(model: BaseAlgorithm, obs: Obs, dims: Sequence[int] = (0, 1), n_particles: int = 100) -> Figure:
@@ -263,7 +264,7 @@ def _deterministic_action(model: BaseAlgorithm, obs: Obs) -> np.ndarray:
     return action.flatten()
 
 
-def _min_q(critic: th.nn.Module, obs: PyTorchObs, actions: th.Tensor) -> np.ndarray:
+def _q(critic: th.nn.Module, obs: PyTorchObs, actions: th.Tensor) -> np.ndarray:
     """
     :param critic: SB3's interface: a tuple of one value per critic, or TQC's quantiles, shape (M, C, quantiles)
     :param obs: M observations
@@ -273,7 +274,9 @@ def _min_q(critic: th.nn.Module, obs: PyTorchObs, actions: th.Tensor) -> np.ndar
     values = critic(obs, actions)
     if isinstance(values, th.Tensor):
         values = values.mean(dim=2).unbind(dim=1)  # (M, C, quantiles) -> C times (M,)
-    return th.stack([value.flatten() for value in values]).amin(dim=0).detach().cpu().numpy()
+    stacked = th.stack([value.flatten() for value in values])  # (C, M)
+    q_values = critic.pessimistic(stacked) if isinstance(critic, Critic) else stacked.amin(dim=0)
+    return q_values.detach().cpu().numpy()
 
 
 def _corner(

@@ -218,6 +218,7 @@ class Critic(BaseModel):
         n_critics: int = 2,
         share_features_extractor: bool = False,
         batch_norm: bool = False,
+        pessimism: float = 1.0,
     ):
         super().__init__(
             observation_space, action_space, features_extractor=features_extractor, normalize_images=normalize_images
@@ -228,6 +229,7 @@ class Critic(BaseModel):
         self.n_critics = n_critics
         self.share_features_extractor = share_features_extractor
         self.batch_norm = batch_norm
+        self.pessimism = pessimism
         action_dim = get_action_dim(action_space)
         self.q_networks = CriticEnsemble(n_critics, features_dim, action_dim, net_arch, activation_fn, batch_norm)
 
@@ -268,15 +270,27 @@ class Critic(BaseModel):
         """
         return self.q_networks(encoded, actions)
 
-    def min_q(self, encoded: th.Tensor, actions: th.Tensor) -> th.Tensor:
+    def pessimistic(self, q_values: th.Tensor) -> th.Tensor:
         """
-        The least of the critics' values (clipped double Q-learning).
+        What the critics say together: their mean (``pessimism=0``), the least of them (1, clipped double Q-learning, Fujimoto
+        et al. 2018), or in between.
+
+        With two critics that is mean - pessimism |Q_1 - Q_2| / 2, a lower confidence bound as in Moskovitz et al. 2021 (TOP).
+
+        :param q_values: shape (C, ...)
+        :return: shape (...)
+        """
+        return th.lerp(q_values.mean(dim=0), q_values.amin(dim=0), self.pessimism)
+
+    def q(self, encoded: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        """
+        The :meth:`pessimistic` value of one or of N actions per observation.
 
         :param encoded: from :meth:`encode`, shape (C, B, H)
         :param actions: actions in [-1, 1], shape (B, A) or (B, N, A)
         :return: shape (B,) or (B, N)
         """
-        return self.q_values(encoded, actions).amin(dim=0)
+        return self.pessimistic(self.q_values(encoded, actions))
 
     def forward(self, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, ...]:
         """
@@ -293,7 +307,7 @@ class DiffusionPolicy(BasePolicy):
     """
     Actor, critics, target critics and, on demand, an averaged actor for acting.
 
-    The critics belong to the policy because they take part in acting: of N particles the one with the highest min Q is chosen.
+    The critics belong to the policy because they take part in acting: of N particles the one with the highest Q is chosen.
 
     :param observation_space: observation space
     :param action_space: a ``Box`` with finite bounds
@@ -320,6 +334,7 @@ class DiffusionPolicy(BasePolicy):
     :param average_actor: act with a moving average of the actor
     :param batch_norm: normalise the critics by batch statistics and have no target critics (CrossQ), and limit
         the norm of the features that the actor gets
+    :param pessimism: what Q is, from 0 for the critics' mean to 1 for the least of them
     """
 
     default_features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor
@@ -353,6 +368,7 @@ class DiffusionPolicy(BasePolicy):
         scale_noise_by_ent_coef: bool = False,
         average_actor: bool = False,
         batch_norm: bool = True,
+        pessimism: float = 1.0,
     ):
         super().__init__(
             observation_space,
@@ -383,6 +399,7 @@ class DiffusionPolicy(BasePolicy):
         self.scale_noise_by_ent_coef = scale_noise_by_ent_coef
         self.average_actor = average_actor
         self.batch_norm = batch_norm
+        self.pessimism = pessimism
 
         net_kwargs = {
             "observation_space": observation_space,
@@ -407,6 +424,7 @@ class DiffusionPolicy(BasePolicy):
             "n_critics": n_critics,
             "share_features_extractor": share_features_extractor,
             "batch_norm": batch_norm,
+            "pessimism": pessimism,
         }
         # The logarithm of the entropy coefficient (alpha or lambda in the paper), kept with the policy since acting may
         # read it. It is set by the algorithm; no gradient ever reaches it.
@@ -470,7 +488,7 @@ class DiffusionPolicy(BasePolicy):
 
     def best_of(self, encoded_critic: th.Tensor, particles: th.Tensor) -> th.Tensor:
         """
-        The particle with the highest min Q.
+        The particle with the highest Q.
 
         :param encoded_critic: from the critic's ``encode``, shape (C, B, H)
         :param particles: actions in [-1, 1], shape (B, N, A)
@@ -478,7 +496,7 @@ class DiffusionPolicy(BasePolicy):
         """
         if particles.shape[1] == 1:
             return particles.squeeze(1)
-        best = self.critic.min_q(encoded_critic, particles).argmax(dim=1)  # (B, N) -> (B,)
+        best = self.critic.q(encoded_critic, particles).argmax(dim=1)  # (B, N) -> (B,)
         # gather, as torch.export takes take_along_dim for a fixed batch size
         best = best.view(-1, 1, 1).expand(-1, 1, particles.shape[2])
         return particles.gather(1, best).squeeze(1)  # (B, N, A) -> (B, A)

@@ -84,6 +84,7 @@ PAPER_SDAC: dict[str, Any] = {
     "actor_lr_decay": (3e-5, 25_000, 75_000),
     "critic_steps": 1,
     "batch_norm": False,
+    "pessimism": 1.0,
     "policy_kwargs": {"activation_fn": nn.Mish},
 }
 
@@ -160,6 +161,8 @@ class SDAC(OffPolicyAlgorithm):
     :param batch_norm: normalise the inputs of the critics' layers by the statistics of the batch, and do without target
         critics (CrossQ); ``tau`` and ``target_update_interval`` then only concern an averaged actor. Of the features that
         the actor gets the mean is taken off, and their norm is limited
+    :param pessimism: what Q is in the TD target, the candidates' weights and the choice among particles: from 0 for the mean
+        of the critics to 1 for the least of them (clipped double Q-learning, the paper)
     :param mixed_precision: draw the update's actions in bfloat16, under ``torch.autocast``; ``"auto"`` where the processor has
         such instructions (CPUs with AVX512-BF16 or AMX, CUDA devices). Acting, Q-values and all that is learned stay float32
     :param compile: compile the denoising step of the updates with ``torch.compile`` (half a minute the first time; needs a C++
@@ -229,6 +232,7 @@ class SDAC(OffPolicyAlgorithm):
         actor_lr_decay: tuple[float, int, int] | None = None,
         critic_steps: int = 1,
         batch_norm: bool = True,
+        pessimism: float = 1.0,
         mixed_precision: bool | str = "auto",
         compile: bool = False,
         use_sde: bool = False,
@@ -294,6 +298,7 @@ class SDAC(OffPolicyAlgorithm):
         self.actor_lr_decay = actor_lr_decay
         self.critic_steps = critic_steps
         self.batch_norm = batch_norm
+        self.pessimism = pessimism
         self.mixed_precision = mixed_precision
         self.compile = compile
         self._saved_ent_coef = ent_coef  # what it was when the model was saved, should `load` change it
@@ -375,7 +380,7 @@ class SDAC(OffPolicyAlgorithm):
 
     def _diffusion_kwargs(self) -> dict[str, Any]:
         names = ["n_diffusion_steps", "n_sampling_steps", "eta", "init_noise_scale", "beta_schedule", "n_particles"]
-        names += ["exploration_noise", "scale_noise_by_ent_coef", "average_actor", "batch_norm"]
+        names += ["exploration_noise", "scale_noise_by_ent_coef", "average_actor", "batch_norm", "pessimism"]
         return {name: getattr(self, name) for name in names}
 
     def _setup_compilation(self) -> None:
@@ -479,13 +484,13 @@ class SDAC(OffPolicyAlgorithm):
         with th.set_grad_enabled(step_actor and anchor_is_next):
             encoded_actor = self.actor.encode(replay_data.next_observations)  # (B, H)
         with th.no_grad():
-            # Next actions: N reverse diffusions, the best by min Q, noise
+            # Next actions: N reverse diffusions, the best by Q, noise
             encoded_critic = self.critic.encode(replay_data.next_observations)  # (C, B, H)
             actions = next_actions = self._sample_actions(encoded_actor, encoded_critic)  # (B, A)
 
         # TD target: without an entropy term, as in the authors' code
         current_q_values, next_q_values = self._q_values(replay_data, next_actions)  # (C, B), (C, B)
-        next_q_values = next_q_values.amin(dim=0).unsqueeze(1)  # (C, B) -> (B, 1)
+        next_q_values = self.critic.pessimistic(next_q_values).unsqueeze(1)  # (C, B) -> (B, 1)
         reward_scale = self._track_reward_scale(replay_data.rewards)
         target_q_values = reward_scale * replay_data.rewards + (1 - replay_data.dones) * discounts * next_q_values
 
@@ -512,7 +517,7 @@ class SDAC(OffPolicyAlgorithm):
             actor_loss, reverse_ess = self._score_matching_loss(encoded_actor, encoded_critic, actions)
             metrics.update(actor_loss=actor_loss, reverse_ess=reverse_ess)
         if self.score_matching == "mirror_descent":
-            self._track_q_statistics(self.critic.min_q(encoded_critic, next_actions).detach())
+            self._track_q_statistics(self.critic.q(encoded_critic, next_actions).detach())
 
         self.critic.optimizer.step()
         if step_actor:
@@ -597,14 +602,14 @@ class SDAC(OffPolicyAlgorithm):
 
         if self.score_matching == "mirror_descent":
             with th.no_grad():
-                q_values = self.critic.min_q(encoded_critic, actions).unsqueeze(1)  # (B, 1)
+                q_values = self.critic.q(encoded_critic, actions).unsqueeze(1)  # (B, 1)
                 weights = sm.mirror_descent_weights(q_values, self.q_running_mean, self.q_running_std, self.ent_coef_tensor)
                 # Effective sample size over the batch, as a number between 1 and B
                 reverse_ess = sm.effective_sample_size((weights / weights.sum()).squeeze(1))
             return sm.denoising_loss(predicted_noise, noise, weights), reverse_ess
 
         with th.no_grad():
-            # Candidates for x_0 given x_t, their min Q and softmax weights: (B, K, A), (B, K), (B, K)
+            # Candidates for x_0 given x_t, their Q and softmax weights: (B, K, A), (B, K), (B, K)
             propose, draw = sm.PROPOSALS[self.proposal]
             random_numbers = draw((len(actions), self.n_reverse_samples, self.actor.action_dim), device=self.device)
             x_0, noises = propose(self.actor.diffusion, noisy_actions, t, random_numbers)
@@ -628,12 +633,12 @@ class SDAC(OffPolicyAlgorithm):
         """
         :param encoded_critic: the critics' encoding of B observations, shape (C, B, H)
         :param x_0: candidates, shape (B, K, A)
-        :return: min Q, shape (B, K), and, for the gradient-assisted target, its gradient with respect to x_0, shape (B, K, A)
+        :return: Q, shape (B, K), and, for the gradient-assisted target, its gradient with respect to x_0, shape (B, K, A)
         """
         if self.score_matching == "reverse_sampling":
-            return self.critic.min_q(encoded_critic, x_0), None
+            return self.critic.q(encoded_critic, x_0), None
         with th.enable_grad():
-            q_values = self.critic.min_q(encoded_critic, x_0.requires_grad_())
+            q_values = self.critic.q(encoded_critic, x_0.requires_grad_())
             (gradients,) = th.autograd.grad(q_values.sum(), x_0)
         return q_values.detach(), gradients
 
@@ -653,7 +658,7 @@ class SDAC(OffPolicyAlgorithm):
         """
         Moving averages of Q's mean and standard deviation, on every update (official DPMD).
 
-        :param q_values: min Q of the next actions, shape (B,)
+        :param q_values: Q of the next actions, shape (B,)
         """
         self.q_running_mean.lerp_(q_values.mean(), Q_STATISTICS_RATE)
         self.q_running_std.lerp_(q_values.std(correction=0), Q_STATISTICS_RATE)
@@ -662,7 +667,7 @@ class SDAC(OffPolicyAlgorithm):
         """
         Move the entropy coefficient towards the one that gives the weights their effective sample size.
 
-        :param q_values: min Q of the candidates, shape (B, K)
+        :param q_values: Q of the candidates, shape (B, K)
         """
         temperature = sm.solve_temperature(q_values, self.target_ess * self.n_reverse_samples)
         first = self._n_actor_updates == 0 and self.ent_coef == "auto"
@@ -942,7 +947,8 @@ class SDAC(OffPolicyAlgorithm):
         allowed = "a positive number, or 'auto'"
         self._check(lambda value: value == "auto" or (_is_number(value) and value > 0), allowed, "reward_scale")
         self._check(lambda value: _is_number(value) and value >= 0, "a number of at least 0", "exploration_noise")
-        self._check(lambda value: _is_number(value) and 0 <= value <= 1, "a number between 0 and 1", "eta", "tau", "gamma")
+        fractions = ["eta", "tau", "gamma", "pessimism"]
+        self._check(lambda value: _is_number(value) and 0 <= value <= 1, "a number between 0 and 1", *fractions)
         for name, known in (
             ("beta_schedule", list(BETA_SCHEDULES)),
             ("score_matching", ["reverse_sampling", "gradient_assisted", "mirror_descent"]),

@@ -142,7 +142,7 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], tuple[Any, ...]]] = [
     ],
     *[
         ({name: value}, (name, f"got {value!r}", "between 0 and 1"))
-        for name in ("eta", "tau", "gamma")
+        for name in ("eta", "tau", "gamma", "pessimism")
         for value in (-0.1, 1.1, np.nan, "0.5")
     ],
     *[({"exploration_noise": value}, ("exploration_noise", f"got {value!r}", "at least 0")) for value in (-0.1, np.nan, None)],

@@ -121,9 +121,9 @@ def test_actions_with_a_choice(prepare: Callable[[SDAC], None] | None) -> None:
     assert 0 < ((mixed - actions).abs().amax(dim=1) > 0.01).float().mean() < 0.1
     with th.no_grad():
         encoded = model.critic.encode(batch().next_observations)
-        q_values = model.critic.min_q(encoded, 2 * th.rand(B, 16, ACTION_DIM) - 1)
+        q_values = model.critic.q(encoded, 2 * th.rand(B, 16, ACTION_DIM) - 1)
         spread = q_values.std(dim=1).mean()
-        loss = model.critic.min_q(encoded, actions) - model.critic.min_q(encoded, mixed)
+        loss = model.critic.q(encoded, actions) - model.critic.q(encoded, mixed)
     if prepare is not None:
         assert 80 < q_values.mean() < 120 and 0.3 < spread < 3
     assert loss.abs().mean() < 0.02 * spread

@@ -80,7 +80,7 @@ def test_particles_best_action_and_q_are_the_authors(checkpoint: Path) -> None:
     for actor, critic in ((model.actor_target, model.critic), (model.actor, model.critic_target)):
         particles = actor.sample(actor.encode(array("next_obs")), x_T, step_noise)
         np.testing.assert_allclose(particles.transpose(0, 1), ARRAYS["sample/particles"], atol=2e-5, rtol=2e-5)
-        q_values = critic.min_q(critic.encode(array("next_obs")), particles)
+        q_values = critic.q(critic.encode(array("next_obs")), particles)
         np.testing.assert_allclose(q_values.T, ARRAYS["sample/particle_q"], atol=2e-5, rtol=2e-5)
     best = model.policy.best_of(model.critic.encode(array("next_obs")), particles)
     np.testing.assert_allclose(best, ARRAYS["sample/best_action"], atol=2e-5, rtol=2e-5)

@@ -112,8 +112,8 @@ def test_sampling_and_best_of_n(model: SDAC) -> None:
     # Rounding grows along 20 steps of up to 1 / sqrt(abar_19) = 1e3 each; clipping keeps it in bounds
     assert_matches(particles.transpose(0, 1), "sample/particles", atol=2e-5)
     encoded = model.critic.encode(array("next_obs"))
-    assert_matches(model.critic.min_q(encoded, particles).T, "sample/particle_q", atol=2e-5)
-    assert (model.critic.min_q(encoded, particles).argmax(1) == array("sample/best_index")).all()
+    assert_matches(model.critic.q(encoded, particles).T, "sample/particle_q", atol=2e-5)
+    assert (model.critic.q(encoded, particles).argmax(1) == array("sample/best_index")).all()
     assert_matches(model.policy.best_of(encoded, particles), "sample/best_action", atol=2e-5)
 
 
@@ -177,7 +177,7 @@ def test_reverse_sampling(model: SDAC, monkeypatch: pytest.MonkeyPatch) -> None:
     # At t = 19 x_0 is the difference of two numbers of size 1e3, then clipped
     assert_matches(x_0, "reverse/x_0", atol=2e-4)
     with th.no_grad():
-        q_values = model.critic.min_q(model.critic.encode(array("obs")), array("reverse/x_0"))
+        q_values = model.critic.q(model.critic.encode(array("obs")), array("reverse/x_0"))
     # The authors multiply Q by 5 / alpha; our temperature is alpha times the reward scale of 0.2
     assert_matches(sm.softmax_weights(q_values, model.reward_scale_tensor * ALPHA), "reverse/weights")
 
@@ -198,7 +198,7 @@ def test_mirror_descent(monkeypatch: pytest.MonkeyPatch) -> None:
     next_actions = array("critic/next_actions")
     with th.no_grad():
         encoded = model.critic.encode(array("next_obs"))
-        q_values = model.critic.min_q(encoded, next_actions).unsqueeze(1)
+        q_values = model.critic.q(encoded, next_actions).unsqueeze(1)
     weights = sm.mirror_descent_weights(q_values, array("mirror/running_mean"), array("mirror/running_std"), ALPHA)
     assert_matches(weights.squeeze(1), "mirror/weights")
     loss, _ = model._score_matching_loss(model.actor.encode(array("next_obs")), encoded, next_actions)

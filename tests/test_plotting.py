@@ -103,7 +103,7 @@ def test_many_dimensions_are_drawn_in_pairs(action_dim: int, dims: tuple[int, ..
 
 
 @pytest.mark.parametrize("algorithm", [SDAC, SAC, TQC, TD3, CrossQ])
-def test_landscape_is_the_least_q_value(algorithm: Any) -> None:
+def test_landscape_is_what_the_algorithm_takes_for_q(algorithm: Any) -> None:
     model = trained(algorithm)
     figure = plot_q_landscape(model, OBS, resolution=5)
     model.policy.set_training_mode(False)
@@ -112,6 +112,9 @@ def test_landscape_is_the_least_q_value(algorithm: Any) -> None:
             q_values = model.critic(th.tensor(OBS[None]), th.tensor([[x, y]], dtype=th.float32))
             if algorithm is TQC:
                 expected = q_values.mean(dim=2).min().item()
+            elif algorithm is SDAC:
+                first, second = (value.item() for value in q_values)
+                expected = (first + second - model.pessimism * abs(first - second)) / 2
             else:
                 expected = min(value.item() for value in q_values)
             values = image(figure).get_array().reshape(5, 5)
@@ -126,7 +129,7 @@ def test_landscape_is_a_slice_through_the_deterministic_action() -> None:
     scaled = th.tensor(model.policy.scale_action(action)[None])
     scaled[0, 1] = 0.0
     model.policy.set_training_mode(False)
-    expected = min(value.item() for value in model.critic(th.tensor(OBS[None]), scaled))
+    expected = model.critic.pessimistic(th.cat(model.critic(th.tensor(OBS[None]), scaled))).item()
     curve, at = lines(plot_q_landscape(model, OBS, dims=[1], resolution=3))
     np.testing.assert_allclose(curve[:, 0], [-1, 0.5, 2])
     np.testing.assert_allclose(curve[1, 1], expected, rtol=1e-5)

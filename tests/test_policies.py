@@ -156,9 +156,10 @@ def test_stochastic_varies(kwargs: dict[str, float]) -> None:
 # Best of N
 
 
+@pytest.mark.parametrize("pessimism", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_best_of_n_has_the_highest_min_q(deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    policy = make_policy(n_particles=5, n_critics=3, exploration_noise=0.0)
+def test_best_of_n_has_the_highest_q(deterministic: bool, pessimism: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = make_policy(n_particles=5, n_critics=3, exploration_noise=0.0, pessimism=pessimism)
     drawn = []
     original = policy.actor.sample
 
@@ -173,8 +174,8 @@ def test_best_of_n_has_the_highest_min_q(deterministic: bool, monkeypatch: pytes
         (particles,) = drawn
         assert particles.shape == (50, 5, 2)
         # One by one through SB3's interface, a tuple of (B, 1) per critic
-        chosen = th.cat(policy.critic(obs, actions), dim=1).amin(dim=1)
-        each = [th.cat(policy.critic(obs, particles[:, n]), dim=1).amin(dim=1) for n in range(5)]
+        of_each_critic = [th.cat(policy.critic(obs, candidates), dim=1) for candidates in (actions, *particles.unbind(1))]
+        chosen, *each = (q.mean(dim=1) + pessimism * (q.amin(dim=1) - q.mean(dim=1)) for q in of_each_critic)
     th.testing.assert_close(chosen, th.stack(each).amax(dim=0), rtol=1e-5, atol=1e-6)
     assert (actions.unsqueeze(1) == particles).all(dim=2).any(dim=1).all()
     assert len(th.stack(each).argmax(dim=0).unique()) > 1
@@ -317,6 +318,7 @@ OTHER_THAN_DEFAULT: dict[str, Any] = {
     "scale_noise_by_ent_coef": True,
     "average_actor": True,
     "batch_norm": False,
+    "pessimism": 0.25,
 }
 
 

@@ -63,16 +63,18 @@ def changed(before: list[th.Tensor], module: nn.Module) -> bool:
 
 
 @pytest.mark.parametrize("discounts", [None, th.linspace(0.1, 0.9, B).unsqueeze(1)])
-def test_td_target_by_hand(monkeypatch: pytest.MonkeyPatch, discounts: th.Tensor | None) -> None:
-    """y = scale r + (1 - done) discount min_c Q_target(s', a'), and the loss sums the critics' mean squared errors."""
-    model = make_model(gamma=0.9, reward_scale=0.5)
+@pytest.mark.parametrize("pessimism", [0, 0.3, 1])
+def test_td_target_by_hand(monkeypatch: pytest.MonkeyPatch, pessimism: float, discounts: th.Tensor | None) -> None:
+    """y = scale r + (1 - done) discount Q_target(s', a'), and the loss sums the critics' mean squared errors."""
+    model = make_model(gamma=0.9, reward_scale=0.5, pessimism=pessimism)
     assert model.critic_target is not None
     data = batch(discounts)
     next_actions = th.linspace(-1, 1, B).unsqueeze(1)
     monkeypatch.setattr(model, "_sample_actions", lambda *args: next_actions)
     give_batch(model, monkeypatch, data)
     with th.no_grad():
-        next_q = th.cat(model.critic_target(data.next_observations, next_actions), dim=1).min(dim=1).values
+        next_q_values = th.cat(model.critic_target(data.next_observations, next_actions), dim=1)  # (B, 2)
+        next_q = next_q_values.mean(dim=1) - pessimism * (next_q_values[:, 0] - next_q_values[:, 1]).abs() / 2
         current_q = model.critic(data.observations, data.actions)
     loss = 0.0
     for q_values in current_q:
@@ -89,7 +91,7 @@ def test_reward_scale_and_temperature_cancel(monkeypatch: pytest.MonkeyPatch) ->
     weights = []
     for scale in (0.2, 20.0):
         model = make_model(reward_scale=scale, ent_coef=0.7, score_matching="reverse_sampling")
-        monkeypatch.setattr(model.critic, "min_q", lambda encoded, actions, scale=scale: scale * actions.sum(-1))
+        monkeypatch.setattr(model.critic, "q", lambda encoded, actions, scale=scale: scale * actions.sum(-1))
         seen: list[th.Tensor] = []
         original = sm.softmax_weights
         monkeypatch.setattr(sm, "softmax_weights", lambda *args, seen=seen, f=original: seen.append(f(*args)) or seen[-1])
@@ -312,8 +314,8 @@ def test_data_temperature_is_free_of_the_reward_scale(monkeypatch: pytest.Monkey
         model = make_model()
         data = batch()
         encoded = model.critic.encode(data.next_observations).detach()
-        original = model.critic.min_q
-        monkeypatch.setattr(model.critic, "min_q", lambda e, a, scale=scale, f=original: scale * f(e, a))
+        original = model.critic.q
+        monkeypatch.setattr(model.critic, "q", lambda e, a, scale=scale, f=original: scale * f(e, a))
         th.manual_seed(0)
         loss, ess = model._score_matching_loss(model.actor.encode(data.next_observations), encoded, th.zeros(B, 1))
         coefficients.append((model.ent_coef_tensor.item(), loss.item(), ess.item()))
@@ -501,7 +503,7 @@ def test_batch_norm_td_target_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
             else:
                 hidden = layer(hidden)
         values.append(hidden.squeeze(1))
-    next_q = th.minimum(values[0][B:], values[1][B:])
+    next_q = (1 - model.pessimism) * (values[0] + values[1])[B:] / 2 + model.pessimism * th.minimum(*values)[B:]
     target = 0.5 * data.rewards.squeeze(1) + (1 - data.dones.squeeze(1)) * 0.9 * next_q
     loss = sum((q_values[:B] - target).square().mean().item() for q_values in values)
     model.train(1)
