@@ -218,7 +218,7 @@ class Critic(BaseModel):
         n_critics: int = 2,
         share_features_extractor: bool = False,
         batch_norm: bool = False,
-        pessimism: float = 1.0,
+        pessimism: float = 0.5,
     ):
         super().__init__(
             observation_space, action_space, features_extractor=features_extractor, normalize_images=normalize_images
@@ -368,7 +368,7 @@ class DiffusionPolicy(BasePolicy):
         scale_noise_by_ent_coef: bool = False,
         average_actor: bool = False,
         batch_norm: bool = True,
-        pessimism: float = 1.0,
+        pessimism: float = 0.5,
     ):
         super().__init__(
             observation_space,

@@ -232,7 +232,7 @@ class SDAC(OffPolicyAlgorithm):
         actor_lr_decay: tuple[float, int, int] | None = None,
         critic_steps: int = 1,
         batch_norm: bool = True,
-        pessimism: float = 1.0,
+        pessimism: float = 0.5,
         mixed_precision: bool | str = "auto",
         compile: bool = False,
         use_sde: bool = False,

@@ -116,7 +116,7 @@ def test_ent_coef_from_data() -> None:
         {"beta_schedule": "vp", "scale_noise_by_ent_coef": True},
         {"n_diffusion_steps": 1, "n_sampling_steps": 1},
         {"batch_norm": False},
-        {"pessimism": 0.0},
+        {"pessimism": 1.0},
         {"mixed_precision": True},
         {"mixed_precision": False},
         {"critic_steps": 2, "target_update_interval": 2, "policy_delay": 1, "reward_scale": 1.0},
