@@ -205,6 +205,7 @@ class Critic(BaseModel):
     """
 
     features_extractor: BaseFeaturesExtractor
+    terminates: th.Tensor
 
     def __init__(
         self,
@@ -218,7 +219,7 @@ class Critic(BaseModel):
         n_critics: int = 2,
         share_features_extractor: bool = False,
         batch_norm: bool = False,
-        pessimism: float = 0.5,
+        pessimism: float | str = "auto",
     ):
         super().__init__(
             observation_space, action_space, features_extractor=features_extractor, normalize_images=normalize_images
@@ -230,6 +231,8 @@ class Critic(BaseModel):
         self.share_features_extractor = share_features_extractor
         self.batch_norm = batch_norm
         self.pessimism = pessimism
+        # 1 once a transition into a terminal state was learned from, set by the algorithm
+        self.register_buffer("terminates", th.zeros(()))
         action_dim = get_action_dim(action_space)
         self.q_networks = CriticEnsemble(n_critics, features_dim, action_dim, net_arch, activation_fn, batch_norm)
 
@@ -273,14 +276,16 @@ class Critic(BaseModel):
     def pessimistic(self, q_values: th.Tensor) -> th.Tensor:
         """
         What the critics say together: their mean (``pessimism=0``), the least of them (1, clipped double Q-learning, Fujimoto
-        et al. 2018), or in between.
+        et al. 2018), or in between; of two critics that is mean - pessimism |Q_1 - Q_2| / 2.
 
-        With two critics that is mean - pessimism |Q_1 - Q_2| / 2, a lower confidence bound as in Moskovitz et al. 2021 (TOP).
+        ``"auto"`` is 1 once a transition into a terminal state was learned from, and 0 before and where there are none:
+        clipped double Q-learning for tasks with termination only, as in SimBa (Lee et al. 2025).
 
         :param q_values: shape (C, ...)
         :return: shape (...)
         """
-        return th.lerp(q_values.mean(dim=0), q_values.amin(dim=0), self.pessimism)
+        pessimism = self.terminates if isinstance(self.pessimism, str) else self.pessimism
+        return th.lerp(q_values.mean(dim=0), q_values.amin(dim=0), pessimism)
 
     def q(self, encoded: th.Tensor, actions: th.Tensor) -> th.Tensor:
         """
@@ -334,7 +339,7 @@ class DiffusionPolicy(BasePolicy):
     :param average_actor: act with a moving average of the actor
     :param batch_norm: normalise the critics by batch statistics and have no target critics (CrossQ), and limit
         the norm of the features that the actor gets
-    :param pessimism: what Q is, from 0 for the critics' mean to 1 for the least of them
+    :param pessimism: what Q is, from 0 for the critics' mean to 1 for the least of them, or ``"auto"``
     """
 
     default_features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor
@@ -368,7 +373,7 @@ class DiffusionPolicy(BasePolicy):
         scale_noise_by_ent_coef: bool = False,
         average_actor: bool = False,
         batch_norm: bool = True,
-        pessimism: float = 0.5,
+        pessimism: float | str = "auto",
     ):
         super().__init__(
             observation_space,

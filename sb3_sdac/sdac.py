@@ -162,7 +162,8 @@ class SDAC(OffPolicyAlgorithm):
         critics (CrossQ); ``tau`` and ``target_update_interval`` then only concern an averaged actor. Of the features that
         the actor gets the mean is taken off, and their norm is limited
     :param pessimism: what Q is in the TD target, the candidates' weights and the choice among particles: from 0 for the mean
-        of the critics to 1 for the least of them (clipped double Q-learning, the paper)
+        of the critics to 1 for the least of them (clipped double Q-learning, the paper). ``"auto"`` is 0 until a transition
+        into a terminal state (not one cut off by a time limit) was learned from, and then 1
     :param mixed_precision: draw the update's actions in bfloat16, under ``torch.autocast``; ``"auto"`` where the processor has
         such instructions (CPUs with AVX512-BF16 or AMX, CUDA devices). Acting, Q-values and all that is learned stay float32
     :param compile: compile the denoising step of the updates with ``torch.compile`` (half a minute the first time; needs a C++
@@ -232,7 +233,7 @@ class SDAC(OffPolicyAlgorithm):
         actor_lr_decay: tuple[float, int, int] | None = None,
         critic_steps: int = 1,
         batch_norm: bool = True,
-        pessimism: float = 0.5,
+        pessimism: float | str = "auto",
         mixed_precision: bool | str = "auto",
         compile: bool = False,
         use_sde: bool = False,
@@ -479,6 +480,7 @@ class SDAC(OffPolicyAlgorithm):
         anchor_is_next = self.anchor == "next" or self.score_matching == "mirror_descent"
         # For n-step replay, the discount factor is gamma**n_steps (when no early termination)
         discounts = self.gamma if replay_data.discounts is None else replay_data.discounts
+        self.critic.terminates.copy_(th.maximum(self.critic.terminates, replay_data.dones.max()))
 
         # Features are extracted once per network and observation; the actor's loss may need the gradient of these
         with th.set_grad_enabled(step_actor and anchor_is_next):
@@ -499,6 +501,8 @@ class SDAC(OffPolicyAlgorithm):
         metrics = {"critic_loss": critic_loss, "q_value": current_q_values.mean()}
         if isinstance(reward_scale, th.Tensor):
             metrics["reward_scale"] = reward_scale
+        if self.pessimism == "auto":
+            metrics["pessimism"] = self.critic.terminates.clone()
         self.critic.optimizer.zero_grad()
         critic_loss.backward()
         for _ in range(self.critic_steps - 1):
@@ -947,8 +951,9 @@ class SDAC(OffPolicyAlgorithm):
         allowed = "a positive number, or 'auto'"
         self._check(lambda value: value == "auto" or (_is_number(value) and value > 0), allowed, "reward_scale")
         self._check(lambda value: _is_number(value) and value >= 0, "a number of at least 0", "exploration_noise")
-        fractions = ["eta", "tau", "gamma", "pessimism"]
-        self._check(lambda value: _is_number(value) and 0 <= value <= 1, "a number between 0 and 1", *fractions)
+        self._check(lambda value: _is_number(value) and 0 <= value <= 1, "a number between 0 and 1", "eta", "tau", "gamma")
+        allowed = "a number between 0 and 1, or 'auto'"
+        self._check(lambda value: value == "auto" or (_is_number(value) and 0 <= value <= 1), allowed, "pessimism")
         for name, known in (
             ("beta_schedule", list(BETA_SCHEDULES)),
             ("score_matching", ["reverse_sampling", "gradient_assisted", "mirror_descent"]),

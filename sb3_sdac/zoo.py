@@ -70,7 +70,6 @@ def sample_sdac_params(trial: "optuna.Trial", n_actions: int, n_envs: int, addit
         "n_sampling_steps": trial.suggest_categorical("n_sampling_steps", [3, 5, 10]),
         "policy_delay": trial.suggest_int("policy_delay", 1, 3),
         "exploration_noise": trial.suggest_float("exploration_noise", 0.02, 0.5, log=True),
-        "pessimism": trial.suggest_float("pessimism", 0.0, 1.0),
     }
     # What rl_zoo3 displays of a trial: the true values
     trial.set_user_attr("gamma", 1 - params["one_minus_gamma"])

@@ -86,6 +86,23 @@ def test_td_target_by_hand(monkeypatch: pytest.MonkeyPatch, pessimism: float, di
     assert logged(model)["critic_loss"] == pytest.approx(loss, rel=1e-5)
 
 
+def test_q_is_the_mean_until_a_terminal_state_is_met(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """pessimism="auto": the mean of the critics, and the least of them from the first batch with a terminal state on."""
+    model = make_model()
+    data = batch()
+    q_values = th.tensor([[1.0, 5.0], [3.0, 4.0]])  # (C, 2)
+    expected = {0.0: [2.0, 4.5], 1.0: [1.0, 4.0]}
+    for dones, pessimism in ((0 * data.dones, 0.0), (data.dones, 1.0), (0 * data.dones, 1.0)):
+        give_batch(model, monkeypatch, data._replace(dones=dones))
+        model.train(1)
+        assert model.critic.pessimistic(q_values).tolist() == expected[pessimism]
+        assert logged(model)["pessimism"] == pessimism
+    model.save(tmp_path / "model.zip")
+    assert SDAC.load(tmp_path / "model.zip").critic.pessimistic(q_values).tolist() == expected[1]
+    fixed = SDAC.load(tmp_path / "model.zip", pessimism=0.5)
+    assert fixed.critic.pessimistic(q_values).tolist() == [1.5, 4.25]
+
+
 def test_reward_scale_and_temperature_cancel(monkeypatch: pytest.MonkeyPatch) -> None:
     """With Q proportional to the scaled rewards, the weights do not depend on the scale: ent_coef has the reward's unit."""
     weights = []
@@ -405,7 +422,7 @@ def test_one_noise_prediction_per_actor_update(monkeypatch: pytest.MonkeyPatch) 
 
 def test_metrics_are_means_since_the_last_log(monkeypatch: pytest.MonkeyPatch) -> None:
     """Over several calls of train(), each metric over the updates that made it; the log after shows none of it again."""
-    model = make_model(policy_delay=2, reward_scale=0.2)
+    model = make_model(policy_delay=2, reward_scale=0.2, pessimism=1)
     give_batch(model, monkeypatch, batch())
     track = model._track
     tracked: dict[str, list[float]] = {}
@@ -503,7 +520,7 @@ def test_batch_norm_td_target_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
             else:
                 hidden = layer(hidden)
         values.append(hidden.squeeze(1))
-    next_q = (1 - model.pessimism) * (values[0] + values[1])[B:] / 2 + model.pessimism * th.minimum(*values)[B:]
+    next_q = th.minimum(*values)[B:]
     target = 0.5 * data.rewards.squeeze(1) + (1 - data.dones.squeeze(1)) * 0.9 * next_q
     loss = sum((q_values[:B] - target).square().mean().item() for q_values in values)
     model.train(1)
@@ -566,7 +583,7 @@ def test_acting_leaves_the_statistics_alone(monkeypatch: pytest.MonkeyPatch) -> 
     give_batch(model, monkeypatch, batch())
     norm, norm_target = model.actor.noise_predictor.norm, model.actor_target.noise_predictor.norm
     assert isinstance(norm, NormLimit)
-    statistics: list[th.Tensor] = [*model.critic.buffers(), norm.running_mean, norm.running_var]
+    statistics: list[th.Tensor] = [*model.critic.q_networks.buffers(), norm.running_mean, norm.running_var]
     before = [buffer.clone() for buffer in statistics]
     model.predict(model.observation_space.sample())
     data = batch()
