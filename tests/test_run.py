@@ -31,7 +31,8 @@ SMALL: dict[str, Any] = {
     "policy_delay": 2,
     "seed": 0,
 }
-LOGGED = {"critic_loss", "q_value", "ent_coef", "actor_loss", "reverse_ess", "reward_scale"}
+LOGGED = {"critic_loss", "q_value", "ent_coef", "actor_loss", "reverse_ess"}
+LOGGED_IF_AUTO = {"reward_scale", "pessimism"}
 LOGGED |= {"learning_rate", "qf_learning_rate", "n_updates"}
 
 
@@ -57,7 +58,7 @@ def check_learning(model: SDAC, n_steps: int = 30, n_updates: int | None = None)
         assert names and all(not th.equal(after[name], before[name]) for name in names), part
     assert all(th.isfinite(value).all() for value in after.values())
     log = logged(model)
-    assert set(log) == (LOGGED if model.reward_scale == "auto" else LOGGED - {"reward_scale"})
+    assert set(log) == LOGGED | {name for name in LOGGED_IF_AUTO if getattr(model, name) == "auto"}
     assert all(np.isfinite(value) for value in log.values())
     assert log["n_updates"] == model._n_updates
     most = model.batch_size if model.score_matching == "mirror_descent" else model.n_reverse_samples
@@ -309,6 +310,6 @@ def test_paper_presets(preset: dict[str, Any]) -> None:
     model.learn(35, log_interval=10_000)
     assert model._n_updates == 3
     log = logged(model)
-    assert set(log) == LOGGED - {"reward_scale"}
+    assert set(log) == LOGGED
     assert all(np.isfinite(value) for value in log.values())
     assert log["ent_coef"] == pytest.approx(5, rel=0.01)
