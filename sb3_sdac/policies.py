@@ -231,7 +231,8 @@ class Critic(BaseModel):
         self.share_features_extractor = share_features_extractor
         self.batch_norm = batch_norm
         self.pessimism = pessimism
-        # 1 once a transition into a terminal state was learned from, set by the algorithm
+        # 1 once a transition into a terminal state was learned from; set by the algorithm, and not in target critics, whose
+        # values the critics combine
         self.register_buffer("terminates", th.zeros(()))
         action_dim = get_action_dim(action_space)
         self.q_networks = CriticEnsemble(n_critics, features_dim, action_dim, net_arch, activation_fn, batch_norm)

@@ -502,7 +502,7 @@ class SDAC(OffPolicyAlgorithm):
         if isinstance(reward_scale, th.Tensor):
             metrics["reward_scale"] = reward_scale
         if self.pessimism == "auto":
-            metrics["pessimism"] = self.critic.terminates.clone()
+            metrics["pessimism"] = self.critic.terminates
         self.critic.optimizer.zero_grad()
         critic_loss.backward()
         for _ in range(self.critic_steps - 1):

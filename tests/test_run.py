@@ -32,8 +32,8 @@ SMALL: dict[str, Any] = {
     "seed": 0,
 }
 LOGGED = {"critic_loss", "q_value", "ent_coef", "actor_loss", "reverse_ess"}
-LOGGED_IF_AUTO = {"reward_scale", "pessimism"}
 LOGGED |= {"learning_rate", "qf_learning_rate", "n_updates"}
+LOGGED_IF_AUTO = {"reward_scale", "pessimism"}
 
 
 def make_model(env: gym.Env | str | Any = "Pendulum-v1", policy: str = "MlpPolicy", **kwargs: Any) -> SDAC:
