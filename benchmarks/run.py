@@ -38,7 +38,7 @@ import yaml
 
 HERE = Path(__file__).parent
 #: To be raised when SDAC computes something else with the same arguments; 2: the actor's features are normalised
-ALGORITHM_VERSION = 5
+ALGORITHM_VERSION = 6
 COLUMNS = ["configuration", "config", "env", "seed", "env_steps", "updates", "wall_time", "returns"]
 
 

@@ -14,6 +14,10 @@ import torch as th
 
 from sb3_sdac.diffusion import GaussianDiffusion
 
+#: Most that Q's gradient may say about a noise, in its standard deviations. By measurement: benchmarks/README.md, "The
+#: gradient's bound"
+MAX_GRADIENT_NOISE = 5.0
+
 
 def clipped_normal_candidates(
     diffusion: GaussianDiffusion, x_t: th.Tensor, t: th.Tensor, noise: th.Tensor
@@ -137,13 +141,17 @@ def gradient_noise(
     if the box had no boundary (De Bortoli et al. 2024, "Target Score Matching", arXiv 2402.08667). Where the noise is
     low this varies far less among the candidates than their noises do; the gradient never passes through the denoising chain.
 
+    Bounded to plausible values of a standard normal noise: where Q is curved more than lambda / sigma_t^2, the gradient at a
+    candidate is a step far beyond Q's maximum, as in gradient ascent with too large a step, and ends at the faces of the box.
+
     :param diffusion: the forward process
     :param t: diffusion steps, shape (B, 1)
     :param gradients: of Q at the candidates, shape (B, K, A)
     :param temperature: lambda > 0, in the unit of Q
-    :return: shape (B, K, A), to be averaged like the noises
+    :return: within ``MAX_GRADIENT_NOISE`` of 0, shape (B, K, A), to be averaged like the noises
     """
-    return gradients * (-diffusion.noise_to_signal[t].unsqueeze(2) / temperature)
+    noise = gradients * (-diffusion.noise_to_signal[t].unsqueeze(2) / temperature)
+    return noise.clamp(-MAX_GRADIENT_NOISE, MAX_GRADIENT_NOISE)
 
 
 def gradient_share(diffusion: GaussianDiffusion, t: th.Tensor, crossover: float = 0.5) -> th.Tensor:

@@ -221,7 +221,7 @@ class SDAC(OffPolicyAlgorithm):
         proposal: str = "truncated_normal",
         anchor: str = "next",
         ent_coef: float | str = "auto",
-        target_ess: float = 0.35,
+        target_ess: float = 0.28,
         exploration_noise: float = 0.1,
         scale_noise_by_ent_coef: bool = False,
         clip_target_actions: bool = True,

@@ -7,7 +7,7 @@ import pytest
 import torch as th
 
 from sb3_sdac import score_matching as sm
-from sb3_sdac.diffusion import GaussianDiffusion, cosine_betas, linear_betas
+from sb3_sdac.diffusion import BETA_SCHEDULES, GaussianDiffusion, cosine_betas, linear_betas
 from sb3_sdac.networks import NoisePredictor
 
 T = 20
@@ -69,6 +69,41 @@ def test_gradient_noise_is_the_posterior_mean(diffusion: GaussianDiffusion, t: i
     error = (weights.unsqueeze(-1) * (noises - target.unsqueeze(1))).square().sum().sqrt().item()
     assert error < (0.01 if t < 5 else 0.1)  # the gradient's variance grows with the noise
     assert target.item() == pytest.approx(posterior_mean_noise(diffusion, x_t, t), abs=4 * error + 1e-4)
+
+
+def test_gradient_noise_is_bounded(diffusion: GaussianDiffusion) -> None:
+    gradients = th.tensor([[[0.0, 1.0], [-1e6, 1e6]]])  # (1, 2, 2)
+    noises = sm.gradient_noise(diffusion, th.tensor([[3]]), gradients, 2.0)
+    sigma_t = (1 / diffusion.sqrt_alphas_cumprod[3] ** 2 - 1).sqrt().item()
+    th.testing.assert_close(noises, th.tensor([[[0.0, -sigma_t / 2], [5.0, -5.0]]]))
+
+
+@pytest.mark.parametrize("width", [0.05, 0.02])
+def test_bounded_gradients_find_a_steep_maximum(width: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    Actions denoised with the mean target of four candidates end at the maximum of Q = -(x - MU)^2 / (2 width^2).
+
+    Were the gradient's noise not bounded, each step would shoot beyond it, and most would end at the faces of the box.
+    """
+    diffusion, n_particles, n_draws = GaussianDiffusion(BETA_SCHEDULES["vp"](T), 5, 0.0), 64, 500
+
+    def predict_noise(x_t: th.Tensor, t: int) -> th.Tensor:
+        repeated = x_t.reshape(-1, 1).repeat_interleave(n_draws, dim=0)  # (particles * draws, 1)
+        steps = th.full_like(repeated, t, dtype=th.int64)
+        x_0, noise = sm.truncated_normal_candidates(diffusion, repeated, steps, th.rand(len(repeated), 4, 1))
+        weights = sm.softmax_weights(-(x_0 - MU).squeeze(-1) ** 2 / (2 * width**2), 1.0)
+        assisted = sm.gradient_noise(diffusion, steps, (MU - x_0) / width**2, 1.0)
+        noise = noise.lerp(assisted, sm.gradient_share(diffusion, steps).unsqueeze(2))
+        return sm.expected_noise(noise, weights).view(n_particles, n_draws).mean(dim=1).view(x_t.shape)
+
+    def mean_error() -> float:
+        th.manual_seed(0)
+        x_T = 0.5 * th.randn(n_particles, 1, 1)
+        return (diffusion.sample(predict_noise, x_T, None) - MU).abs().mean().item()
+
+    assert mean_error() < 0.1
+    monkeypatch.setattr(sm, "MAX_GRADIENT_NOISE", math.inf)
+    assert mean_error() > 0.5
 
 
 def test_temperature_divides_q(diffusion: GaussianDiffusion) -> None:
