@@ -63,13 +63,17 @@ class Run:
 
     @property
     def config_hash(self) -> str:
-        """Of what decides the outcome: rows of other hyperparameters, defaults or versions of ours are never mixed up."""
+        """
+        Of what decides the outcome: rows of other hyperparameters, defaults or versions of ours are never mixed up. Giving a
+        default of SDAC's by name changes nothing.
+        """
         from sb3_sdac import SDAC
 
         config = {"algo": self.algo, **self.hyperparams}
         if self.algo == "sdac":
-            config["defaults"] = [ALGORITHM_VERSION, str(inspect.signature(SDAC))]
-        return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:10]
+            defaults = {name: parameter.default for name, parameter in inspect.signature(SDAC).parameters.items()}
+            config = {**defaults, **config, "version": ALGORITHM_VERSION}
+        return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:10]
 
     def read_rows(self) -> list[dict[str, str]]:
         """

@@ -64,7 +64,7 @@ def sample_sdac_params(trial: "optuna.Trial", n_actions: int, n_envs: int, addit
         "one_minus_gamma": trial.suggest_float("one_minus_gamma", 1e-4, 0.03, log=True),
         "batch_size_pow": trial.suggest_int("batch_size_pow", 6, 9),
         "net_arch": trial.suggest_categorical("net_arch", ["small", "medium", "large"]),
-        "target_ess": trial.suggest_float("target_ess", 0.3, 0.7),
+        "target_ess": trial.suggest_float("target_ess", 0.26, 0.6),
         "n_particles": trial.suggest_categorical("n_particles", [1, 2, 4, 8]),
         "n_reverse_samples": trial.suggest_categorical("n_reverse_samples", [4, 8, 16]),  # target_ess > 1/4
         "n_sampling_steps": trial.suggest_categorical("n_sampling_steps", [3, 5, 10]),

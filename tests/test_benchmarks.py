@@ -84,6 +84,13 @@ def test_runs_resume_and_are_reported(tmp_path: Path, monkeypatch: pytest.Monkey
     assert f"| Pendulum-v1 | SDAC | {score:.0f} | {score:.0f} |" in (tmp_path / "results" / "tiny.md").read_text()
     assert (tmp_path / "results" / "tiny.png").stat().st_size > 10_000
 
+    # A default given by name is the same configuration
+    configurations = PROTOCOL["configurations"]
+    named = {"SDAC": {**configurations["SDAC"], "tau": 0.005}}  # type: ignore[dict-item, index]
+    path.write_text(yaml.safe_dump({**PROTOCOL, "configurations": named}, sort_keys=False))
+    finished, *_ = harness.read_protocol(path, tmp_path / "results", tmp_path / "work")
+    assert len(finished.read_rows()) == 2
+
     # Other hyperparameters under the same name are refused, and what is there stays
     changed = {**PROTOCOL, "common": {**PROTOCOL["common"], "batch_size": 17}}  # type: ignore[dict-item]
     process = train(tmp_path, protocol=changed)
