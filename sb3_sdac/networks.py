@@ -17,7 +17,7 @@ from torch.nn import functional as F
 #: Width of the embedding of the diffusion step, as in official SDAC
 TIME_DIM = 16
 #: Largest norm of the actor's features around their mean, root mean square. A step of Adam changes what a layer gives in
-#: proportion to the norm of its inputs; by measurement: benchmarks/README.md, "The actor's features"
+#: proportion to the norm of its inputs; by measurement: benchmarks/trials.md, "The actor's features"
 MAX_FEATURE_NORM = 20.0
 
 

@@ -14,7 +14,7 @@ import torch as th
 
 from sb3_sdac.diffusion import GaussianDiffusion
 
-#: Most that Q's gradient may say about a noise, in its standard deviations. By measurement: benchmarks/README.md, "The
+#: Most that Q's gradient may say about a noise, in its standard deviations. By measurement: benchmarks/trials.md, "The
 #: gradient's bound"
 MAX_GRADIENT_NOISE = 5.0
 
@@ -160,7 +160,7 @@ def gradient_share(diffusion: GaussianDiffusion, t: th.Tensor, crossover: float 
 
     Near 1 where the noise is low and Q's gradient tells most, near 0 where the noise is high and the candidates cover
     the box. Shares by inverse variance have the smaller error for a single mode inside the box, but the weighted noises of
-    few candidates are biased, too, and on frozen critics of MuJoCo the actor gained half as much (``benchmarks/README.md``).
+    few candidates are biased, too, and on frozen critics of MuJoCo the actor gained half as much (``benchmarks/trials.md``).
 
     :param diffusion: the forward process
     :param t: diffusion steps, shape (B, 1)

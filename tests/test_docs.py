@@ -17,7 +17,7 @@ from sb3_sdac import zoo
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [ROOT / "README.md", *DOCS]
+PAGES = [ROOT / "README.md", *DOCS, *sorted((ROOT / "benchmarks").glob("*.md"))]
 #: A block that cannot run here has ``<!-- not run: reason -->`` on the line before
 BLOCK = re.compile(r"^(<!-- not run: \S.*-->\n)?```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?![a-z]+:|#)([^)#\s]+)")
