@@ -86,7 +86,7 @@ def test_runs_resume_and_are_reported(tmp_path: Path, monkeypatch: pytest.Monkey
 
     # A default given by name is the same configuration
     configurations = PROTOCOL["configurations"]
-    named = {"SDAC": {**configurations["SDAC"], "tau": 0.005}}  # type: ignore[dict-item, index]
+    named = {"SDAC": {**configurations["SDAC"], "tau": 0.005}}  # type: ignore[index]
     path.write_text(yaml.safe_dump({**PROTOCOL, "configurations": named}, sort_keys=False))
     finished, *_ = harness.read_protocol(path, tmp_path / "results", tmp_path / "work")
     assert len(finished.read_rows()) == 2
