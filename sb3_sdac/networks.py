@@ -112,9 +112,9 @@ def last_in_float32(layers: nn.Sequential, x: th.Tensor) -> th.Tensor:
 
 class NormLimit(nn.Module):
     """
-    Features around their mean, the largest of them scaled down to one standard deviation such that the norm of all, root
-    mean square, is at most ``MAX_FEATURE_NORM``. Smaller ones keep their unit: were they scaled up, rare contacts would
-    be as loud as velocities.
+    Features minus their mean, those of largest variance scaled down to one common standard deviation, such that the norm of
+    all (root mean square) is at most ``MAX_FEATURE_NORM``. The others keep their scale: were they scaled up, rare contacts
+    would be as loud as velocities.
 
     Mean and variance are moving averages over the batches seen in training mode, and used there, too: the noise predictor
     gets in learning what it gets in acting. Momentum as in :class:`BatchStatistics`. Nothing is learned, as a linear layer
@@ -143,11 +143,12 @@ class NormLimit(nn.Module):
                 variance, mean = th.var_mean(features, dim=0)
                 self.running_mean.lerp_(mean, BatchStatistics.momentum)
                 self.running_var.lerp_(variance, BatchStatistics.momentum)
-                self.scale.copy_((largest_variance(self.running_var) / self.running_var).clamp(max=1).sqrt())
+                largest = largest_variance(self.running_var, MAX_FEATURE_NORM**2)
+                self.scale.copy_((largest / self.running_var).clamp(max=1).sqrt())
         return (features - self.running_mean) * self.scale
 
 
-def largest_variance(variances: th.Tensor, total: float = MAX_FEATURE_NORM**2) -> th.Tensor:
+def largest_variance(variances: th.Tensor, total: float) -> th.Tensor:
     """
     The level c at which sum_i min(v_i, c) = total. Where that sum stays below whatever c is, some c that limits none.
 
@@ -172,7 +173,7 @@ class NoisePredictor(nn.Module):
     :param n_diffusion_steps: T
     :param net_arch: widths of the hidden layers
     :param activation_fn: activation function
-    :param limit_features: whether the features come in units of their own, and their norm is to be limited
+    :param limit_features: subtract the features' mean and limit their norm (:class:`NormLimit`)
     """
 
     time_table: th.Tensor
@@ -279,6 +280,14 @@ class EnsembleLinear(nn.Module):
         scale, shift = self._scale_and_shift(self.norm)
         return scale.mT * self.weight, th.baddbmm(self.bias, shift, self.weight)
 
+    def folded_weight(self, first: int) -> th.Tensor:
+        """
+        :param first: input at which to begin
+        :return: that part of the weight of :meth:`folded`, shape (C, in - first, out)
+        """
+        weight = self.weight[:, first:]
+        return weight if self.norm is None else self._scale_and_shift(self.norm)[0][..., first:].mT * weight
+
     def _scale_and_shift(self, norm: BatchStatistics) -> tuple[th.Tensor, th.Tensor]:
         """:return: what the running statistics multiply the inputs with and add to them, each of shape (C, 1, in)"""
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
@@ -368,10 +377,10 @@ class CriticEnsemble(nn.Module):
         :return: shape (C, B) or (C, B, N)
         """
         n_critics, batch_size, width = encoded.shape
-        weight, _ = self.first.folded()
+        weight = self.first.folded_weight(self.features_dim)
         # (B, N, A) -> (C, B * N, A) @ (C, A, H) -> (C, B * N, H) -> (C, B, N, H), plus (C, B, 1, H). Torch would lay out
         # a plain product the other way round when there is a gradient, and turn it afterwards
-        hidden = actions.flatten(end_dim=-2).expand(n_critics, -1, -1).bmm(weight[:, self.features_dim :])
+        hidden = actions.flatten(end_dim=-2).expand(n_critics, -1, -1).bmm(weight)
         hidden = hidden.view(n_critics, batch_size, -1, width) + encoded.to(hidden.dtype).unsqueeze(2)
         # (C, B, N, H) -> (C, B * N, H) -> (C, B * N, 1) -> (C, B) or (C, B, N)
         return last_in_float32(self.rest, hidden.flatten(1, 2)).view(n_critics, *actions.shape[:-1])

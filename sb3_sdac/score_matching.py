@@ -14,8 +14,8 @@ import torch as th
 
 from sb3_sdac.diffusion import GaussianDiffusion
 
-#: Most that Q's gradient may say about a noise, in its standard deviations. By measurement: benchmarks/trials.md, "The
-#: gradient's bound"
+#: Bound on each coordinate of the noise that Q's gradient implies; a true noise is standard normal, so this is five standard
+#: deviations. By measurement: benchmarks/trials.md, "The gradient's bound"
 MAX_GRADIENT_NOISE = 5.0
 
 
@@ -141,8 +141,9 @@ def gradient_noise(
     if the box had no boundary (De Bortoli et al. 2024, "Target Score Matching", arXiv 2402.08667). Where the noise is
     low this varies far less among the candidates than their noises do; the gradient never passes through the denoising chain.
 
-    Bounded to plausible values of a standard normal noise: where Q is curved more than lambda / sigma_t^2, the gradient at a
-    candidate is a step far beyond Q's maximum, as in gradient ascent with too large a step, and ends at the faces of the box.
+    Each coordinate of each candidate's is bounded to plausible values of a standard normal noise, before they are averaged, at
+    the price of a bias where the bound is reached. Without it, where Q is curved more than lambda / sigma_t^2, the gradient at
+    a candidate is a step far beyond Q's maximum, as in gradient ascent with too large a step, and ends at the box's faces.
 
     :param diffusion: the forward process
     :param t: diffusion steps, shape (B, 1)
@@ -192,7 +193,8 @@ def denoising_loss(predicted_noise: th.Tensor, noise: th.Tensor, weights: th.Ten
     Weighted regression of the predicted noise, mean over all axes of w (predicted - noise)^2.
 
     The one loss of all variants. Reverse sampling passes all K noises, shape (B, K, A), with weights (B, K, 1) and
-    the *one* prediction for them, shape (B, 1, A): the gradient is that of the mean noise, since the weights sum to one.
+    the *one* prediction for them, shape (B, 1, A): the gradient is that of the mean noise, up to the factor 1 / K of the
+    mean over K, since the weights sum to one.
 
     :param predicted_noise: shape (B, A) or (B, 1, A)
     :param noise: shape (B, A) or (B, K, A)

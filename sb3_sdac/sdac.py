@@ -129,7 +129,7 @@ class SDAC(OffPolicyAlgorithm):
     :param beta_schedule: ``"vp"`` (variance-preserving SDE), ``"linear"`` (the paper) or ``"cosine"``
     :param n_particles: N, particles among which the critics choose when acting, at least 1
     :param n_target_particles: the same for the actions of the update; ``None`` for ``n_particles``
-    :param n_reverse_samples: K, candidates for x_0 per noisy action, at least 2
+    :param n_reverse_samples: K, candidates for x_0 per noisy action, at least 2; fewer than 4 need a larger ``target_ess``
     :param score_matching: where the noise predictor's target comes from. ``"reverse_sampling"``: the mean noise of K
         candidates weighted by exp(Q/lambda) (SDAC of the final paper). ``"gradient_assisted"``: the same, with Q's
         gradient at the candidates taking over where the noise is low. ``"mirror_descent"``: denoising of the policy's
@@ -336,14 +336,15 @@ class SDAC(OffPolicyAlgorithm):
         if acting_only or on_device:
             self.replay_buffer = None if acting_only else self._make_replay_buffer()
         self._create_aliases()
-        # Running statistics of batch normalisation are copied, not averaged, see SB3's issue 996
+        # Running statistics of batch normalisation are copied, not averaged, see SB3's issue 996, and so is the feature scale
+        # that follows from them
         self.batch_norm_stats, self.batch_norm_stats_target = [], []
         if self.critic_target is not None:
             self.batch_norm_stats += get_parameters_by_name(self.critic, ["running_"])
             self.batch_norm_stats_target += get_parameters_by_name(self.critic_target, ["running_"])
         if self.actor_target is not None:
-            self.batch_norm_stats += get_parameters_by_name(self.actor, ["running_"])
-            self.batch_norm_stats_target += get_parameters_by_name(self.actor_target, ["running_"])
+            self.batch_norm_stats += get_parameters_by_name(self.actor, ["running_", "norm.scale"])
+            self.batch_norm_stats_target += get_parameters_by_name(self.actor_target, ["running_", "norm.scale"])
         self._setup_temperature()
         self._mixed_precision = _has_bfloat16(self.device) if self.mixed_precision == "auto" else bool(self.mixed_precision)
         self._setup_compilation()
@@ -402,12 +403,11 @@ class SDAC(OffPolicyAlgorithm):
         """
         self.ent_coef_optimizer = th.optim.Adam([self.policy.log_ent_coef], lr=PAPER_ENT_COEF_LR)
         self._target_entropy: float | None = None
-        initial = self.ent_coef
-        if isinstance(self.ent_coef, str):
-            mode, _, number = self.ent_coef.partition("_")
-            initial = PAPER_ENT_COEF_INIT if mode == "paper" else float(number or 1)
-            if mode == "paper":
-                self._target_entropy = -float(number or 0.9) * self.actor.action_dim
+        mode, number = _parse_ent_coef(self.ent_coef)
+        initial = number or 1.0
+        if mode == "paper":
+            initial = PAPER_ENT_COEF_INIT
+            self._target_entropy = -(number or 0.9) * self.actor.action_dim
         self.policy.log_ent_coef.data.fill_(np.log(initial))
 
     @property
@@ -618,7 +618,7 @@ class SDAC(OffPolicyAlgorithm):
             random_numbers = draw((len(actions), self.n_reverse_samples, self.actor.action_dim), device=self.device)
             x_0, noises = propose(self.actor.diffusion, noisy_actions, t, random_numbers)
             q_values, gradients = self._q_values_and_gradients(encoded_critic, x_0)
-            if str(self.ent_coef).startswith("auto"):
+            if _parse_ent_coef(self.ent_coef)[0] == "auto":
                 self._set_temperature(q_values)
             # In the unit of the critics, whose rewards are scaled
             temperature = self.reward_scale_tensor * self.ent_coef_tensor
@@ -629,7 +629,7 @@ class SDAC(OffPolicyAlgorithm):
             # (B, A) -> (B, 1, A): one prediction for all K noises
             return sm.denoising_loss(predicted_noise.unsqueeze(1), noises, weights.unsqueeze(2)), reverse_ess
         gradient_noises = sm.gradient_noise(self.actor.diffusion, t, gradients, temperature)
-        # Both are estimates of E[noise | x_t]; (B, K, A) -> (B, A)
+        # Both are estimates of E[noise | x_t], unbiased until bounded; (B, K, A) -> (B, A)
         noises = noises.lerp(gradient_noises, sm.gradient_share(self.actor.diffusion, t).unsqueeze(2))
         return sm.denoising_loss(predicted_noise, sm.expected_noise(noises, weights)), reverse_ess
 
@@ -972,13 +972,14 @@ class SDAC(OffPolicyAlgorithm):
             self._check(_is_lr_decay, allowed, "actor_lr_decay")
         self._check(lambda value: isinstance(value, bool) or value == "auto", "True, False or 'auto'", "mixed_precision")
         self._check(_is_ent_coef, "a positive number, 'auto', 'auto_<number>', 'paper' or 'paper_<number>'", "ent_coef")
-        if str(self.ent_coef).startswith("auto"):
+        ent_coef_mode, _ = _parse_ent_coef(self.ent_coef)
+        if ent_coef_mode == "auto":
             if self.score_matching == "mirror_descent":
                 raise ValueError("ent_coef='auto' needs reverse samples; with 'mirror_descent' give a number or 'paper'")
             lowest = 1 / self.n_reverse_samples
-            allowed = f"a fraction of n_reverse_samples, between {lowest:g} and 1"
+            allowed = f"a fraction of n_reverse_samples={self.n_reverse_samples}, above {lowest:g} and below 1"
             self._check(lambda value: _is_number(value) and lowest < value < 1, allowed, "target_ess")
-        if str(self.ent_coef).startswith("paper") and self.exploration_noise == 0:
+        if ent_coef_mode == "paper" and self.exploration_noise == 0:
             raise ValueError(
                 "ent_coef='paper' is made from the exploration noise's entropy: exploration_noise must be positive"
             )
@@ -1013,14 +1014,22 @@ def _is_lr_decay(value: Any) -> bool:
     )
 
 
+def _parse_ent_coef(value: float | str) -> tuple[str, float | None]:
+    """``"auto_0.1"`` is ("auto", 0.1), ``"paper"`` is ("paper", None), and 0.1 is ("fixed", 0.1)."""
+    if not isinstance(value, str):
+        return "fixed", value
+    mode, separator, number = value.partition("_")
+    return mode, float(number) if separator else None
+
+
 def _is_ent_coef(value: Any) -> bool:
-    if isinstance(value, str):
-        mode, separator, number = value.partition("_")
-        try:
-            return mode in ("auto", "paper") and (not separator or 0 < float(number) < np.inf)
-        except ValueError:
-            return False
-    return _is_number(value) and bool(value > 0)
+    if not isinstance(value, str):
+        return _is_number(value) and bool(value > 0)
+    try:
+        mode, number = _parse_ent_coef(value)
+    except ValueError:
+        return False
+    return mode in ("auto", "paper") and (number is None or 0 < number < np.inf)
 
 
 def _has_bfloat16(device: th.device) -> bool:

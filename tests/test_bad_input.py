@@ -132,7 +132,7 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], tuple[Any, ...]]] = [
     ({"ent_coef": "auto", "score_matching": "mirror_descent"}, ("ent_coef='auto'", "mirror_descent", "number", "'paper'")),
     ({"ent_coef": "paper", "exploration_noise": 0}, ("ent_coef='paper'", "exploration_noise", "positive")),
     *[
-        ({"target_ess": value}, ("target_ess", f"got {value!r}", "between 0.125 and 1"))
+        ({"target_ess": value}, ("target_ess", f"got {value!r}", "n_reverse_samples=8", "above 0.125 and below 1"))
         for value in (0.125, 0.1, 1.0, 4, np.nan, "0.3")
     ],
     *[

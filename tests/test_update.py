@@ -580,15 +580,16 @@ def test_acting_leaves_the_statistics_alone(monkeypatch: pytest.MonkeyPatch) -> 
     """Those of the critics and of the actor; an averaged actor gets the actor's as they are."""
     model = make_model(batch_norm=True, average_actor=True, target_update_interval=1)
     assert model.actor_target is not None
-    give_batch(model, monkeypatch, batch())
+    data = batch()  # observations beyond the limit of their norm, so that their scale moves, too
+    data = data._replace(observations=1000 * data.observations, next_observations=1000 * data.next_observations)
+    give_batch(model, monkeypatch, data)
     norm, norm_target = model.actor.noise_predictor.norm, model.actor_target.noise_predictor.norm
     assert isinstance(norm, NormLimit)
-    statistics: list[th.Tensor] = [*model.critic.q_networks.buffers(), norm.running_mean, norm.running_var]
+    statistics: list[th.Tensor] = [*model.critic.q_networks.buffers(), *norm.buffers()]
     before = [buffer.clone() for buffer in statistics]
     model.predict(model.observation_space.sample())
-    data = batch()
     model._score_matching_loss(model.actor.encode(data.observations), model.critic.encode(data.observations), data.actions)
-    assert all(map(th.equal, before, statistics)) and len(before) == 2 * 3
+    assert all(map(th.equal, before, statistics)) and len(before) == 2 * 2 + 3
     model.train(1)
     assert not any(map(th.equal, before, statistics))
     assert all(map(th.equal, norm.buffers(), norm_target.buffers()))
