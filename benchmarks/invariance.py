@@ -5,7 +5,8 @@ What should not matter: the unit of the rewards, and the number of environments 
 
 SDAC's default on one environment: with all rewards times 0.01, 1 and 100 from five environments, and from 1
 and 16 environments, with 0.2 updates per environment step (3 per 16: 0.19). Evaluations of 10 deterministic episodes with the
-rewards as they are, one row each in ``benchmarks/results/invariance.csv``; what is there is not run again.
+rewards as they are, one row each in ``benchmarks/results/invariance.csv``; what is there is not run again, and
+rows of another default than today's are refused.
 """
 
 import argparse
@@ -17,9 +18,10 @@ from typing import Any
 import gymnasium as gym
 import joblib
 import torch as th
+from run import config_hash
 
 RESULTS = Path(__file__).parent / "results" / "invariance.csv"
-COLUMNS = ["variant", "env", "seed", "env_steps", "updates", "returns"]
+COLUMNS = ["variant", "config", "env", "seed", "env_steps", "updates", "returns"]
 #: Factor on the rewards, number of environments, and how often to update how many times
 VARIANTS: dict[str, tuple[float, int, dict[str, int]]] = {
     "rewards x 1": (1.0, 5, {}),
@@ -56,7 +58,9 @@ def train(variant: str, env_id: str, seed: int, steps: int, eval_freq: int) -> l
         model.learn(milestone - model.num_timesteps, log_interval=10_000, reset_num_timesteps=False)
         returns, _ = evaluate_policy(model, eval_env, 10, return_episode_rewards=True)
         text = " ".join(f"{value:.1f}" for value in returns)  # type: ignore[union-attr]
-        rows.append(dict(zip(COLUMNS, [variant, env_id, seed, model.num_timesteps, model._n_updates, text], strict=True)))
+        config = config_hash("sdac", {})
+        values = [variant, config, env_id, seed, model.num_timesteps, model._n_updates, text]
+        rows.append(dict(zip(COLUMNS, values, strict=True)))
         print(rows[-1], flush=True)
     return rows
 
@@ -75,6 +79,8 @@ def main() -> None:
     if RESULTS.exists():
         with RESULTS.open(newline="") as file:
             rows = list(csv.DictReader(file))
+    if any(row["config"] != config_hash("sdac", {}) for row in rows):
+        raise ValueError(f"{RESULTS} holds runs of another default: move it away")
     done = {(row["variant"], row["env"], int(row["seed"])) for row in rows}
     todo = [variant for variant in args.only if (variant, args.env, args.seed) not in done]
     parallel = joblib.Parallel(n_jobs=args.jobs, batch_size=1, return_as="generator_unordered")

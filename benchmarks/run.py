@@ -37,9 +37,27 @@ import joblib
 import yaml
 
 HERE = Path(__file__).parent
-#: To be raised when SDAC computes something else with the same arguments; 2: the actor's features are normalised
+#: To be raised when SDAC computes something else with the same arguments, if only by a constant such as MAX_GRADIENT_NOISE
 ALGORITHM_VERSION = 6
 COLUMNS = ["configuration", "config", "env", "seed", "env_steps", "updates", "wall_time", "returns"]
+
+
+def config_hash(algo: str, hyperparams: dict[str, Any]) -> str:
+    """
+    Of what decides the outcome: rows of other hyperparameters, defaults or versions of ours are never mixed up. Giving a
+    default of SDAC's by name changes nothing.
+
+    :param algo: as rl_zoo3 names it
+    :param hyperparams: what is given to it
+    :return: ten hexadecimal digits
+    """
+    from sb3_sdac import SDAC
+
+    config = {"algo": algo, **hyperparams}
+    if algo == "sdac":
+        defaults = {name: parameter.default for name, parameter in inspect.signature(SDAC).parameters.items()}
+        config = {**defaults, **config, "version": ALGORITHM_VERSION}
+    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:10]
 
 
 @dataclass(frozen=True)
@@ -63,17 +81,7 @@ class Run:
 
     @property
     def config_hash(self) -> str:
-        """
-        Of what decides the outcome: rows of other hyperparameters, defaults or versions of ours are never mixed up. Giving a
-        default of SDAC's by name changes nothing.
-        """
-        from sb3_sdac import SDAC
-
-        config = {"algo": self.algo, **self.hyperparams}
-        if self.algo == "sdac":
-            defaults = {name: parameter.default for name, parameter in inspect.signature(SDAC).parameters.items()}
-            config = {**defaults, **config, "version": ALGORITHM_VERSION}
-        return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:10]
+        return config_hash(self.algo, self.hyperparams)
 
     def read_rows(self) -> list[dict[str, str]]:
         """

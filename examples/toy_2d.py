@@ -3,8 +3,8 @@ Reverse-sampling score matching on densities we know: a diffusion learns to samp
 
 Q is the logarithm of a density in the plane, the temperature is 1, and there is no environment: the heart of SDAC is left.
 The first density is the paper's (Ma et al. 2025, arXiv 2502.00361): 0.8 of a normal at (3, 3) and 0.2 of one at (-3, -3), 50
-diffusion steps with linear betas from 0.001 to 0.3. Learns with each way to the noise predictor's target, draws samples and
-prints their distance to the truth. Takes about two minutes on one core.
+diffusion steps with linear betas from 0.001 to 0.3. Learns by reverse sampling with either kind of candidates,
+and with Q's gradient, draws samples and prints their distance to the truth. Takes about two minutes on one core.
 
     python examples/toy_2d.py --output toy_2d.png
 """

@@ -44,7 +44,7 @@ SelfSDAC = TypeVar("SelfSDAC", bound="SDAC")
 TEMPERATURE_RATE = 0.05
 #: Length of the returns where SB3 has a replay buffer for more than one step
 DEFAULT_N_STEPS = 2
-#: With ``reward_scale="auto"``: root mean square of the scaled rewards, and the most that a single one may be
+#: With ``reward_scale="auto"``: root mean square of the scaled replayed rewards, and the most that a single one may be
 REWARD_RMS, REWARD_MAX = 0.2, 2.0
 #: Moving average of Q's mean and standard deviation in the mirror-descent loss (official DPMD)
 Q_STATISTICS_RATE = 1e-3
@@ -152,7 +152,8 @@ class SDAC(OffPolicyAlgorithm):
     :param target_update_interval: update the targets on every ``target_update_interval``-th update
     :param average_actor: act with a moving average of the actor (the paper), of step ``tau``
     :param reward_scale: factor on the rewards inside the critics' targets, or ``"auto"`` to divide them by five times the root
-        mean square of the replayed rewards, so that their unit does not matter; the temperature keeps the reward's unit
+        mean square of the replayed ones (discounted sums of ``n_steps``), so that their unit does not matter; the temperature
+        keeps the reward's unit
     :param qf_learning_rate: learning rate of the critics, a float or a function of the progress remaining; ``None`` for
         ``learning_rate``
     :param actor_lr_decay: ``(final, begin, end)``: the actor's learning rate goes linearly from ``learning_rate`` to
@@ -425,8 +426,9 @@ class SDAC(OffPolicyAlgorithm):
         """
         The factor on the rewards inside the TD target, which sets the unit of the critics.
 
-        With ``reward_scale="auto"`` the replayed rewards have a root mean square of 0.2, about what the authors' factor gives
-        in MuJoCo's tasks, whatever the unit of the environment's. A rare large reward counts at most ten times as much.
+        With ``reward_scale="auto"`` the replayed rewards (discounted sums of ``n_steps``) have a root mean square of 0.2, near
+        what the authors' factor gives in MuJoCo's tasks, whatever the environment's unit. A rare large one counts at most ten
+        times as much.
         """
         if not isinstance(self.reward_scale, str):
             return self.reward_scale

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from stable_baselines3.common.vec_env import VecEnv
 
 _INSTALLED = Path(__file__).with_name("hyperparams")
-#: The folder with ``sdac.yml`` and ``sdac_paper.yml``: inside the installed package, beside it in a checkout
+#: The folder with ``sdac.yml`` and the two of the authors: inside the installed package, beside it in a checkout
 HYPERPARAMS = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / "hyperparams"
 #: What can be run with ``python -m sb3_sdac.zoo``, and the module that does it
 COMMANDS = {
