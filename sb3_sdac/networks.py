@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 #: Width of the embedding of the diffusion step, as in official SDAC
 TIME_DIM = 16
-#: Norm of the actor's features around their mean, root mean square. A step of Adam changes what a layer gives in proportion to
-#: the norm of its inputs; by measurement: benchmarks/trials.md, "The actor's features"
-FEATURE_NORM = 16.0
+#: Largest norm of the actor's features around their mean, root mean square. A step of Adam changes what a layer gives in
+#: proportion to the norm of its inputs; by measurement: benchmarks/trials.md, "The actor's features"
+MAX_FEATURE_NORM = 20.0
 
 
 def _mish(x: th.Tensor) -> th.Tensor:
@@ -110,32 +110,28 @@ def last_in_float32(layers: nn.Sequential, x: th.Tensor) -> th.Tensor:
         return last(x.float())
 
 
-class FeatureScaling(nn.Module):
+class NormLimit(nn.Module):
     """
-    y_i = N (x_i - m_i) / sqrt(s_i sum_j s_j) with means m and standard deviations s: half way from features as they come to
-    features of one standard deviation, with a norm (root mean square) of N = ``FEATURE_NORM``.
-
-    As they come, a few large ones drown all others (Humanoid's forces have a standard deviation of 345); at one standard
-    deviation each, rare contacts are as loud as velocities.
+    Features minus their mean, those of largest variance scaled down to one common standard deviation, such that the norm of
+    all (root mean square) is at most ``MAX_FEATURE_NORM``. The others keep their scale: were they scaled up, rare contacts
+    would be as loud as velocities.
 
     Mean and variance are moving averages over the batches seen in training mode, and used there, too: the noise predictor
-    gets in learning what it gets in acting. Momentum as in :class:`BatchStatistics`, the plain average until that is reached.
-    Nothing is learned, as a linear layer follows.
+    gets in learning what it gets in acting. Momentum as in :class:`BatchStatistics`. Nothing is learned, as a linear layer
+    follows.
 
     :param n_features: F
     """
 
-    running_count: th.Tensor
     running_mean: th.Tensor
     running_var: th.Tensor
-    running_scale: th.Tensor
+    scale: th.Tensor
 
     def __init__(self, n_features: int):
         super().__init__()
-        self.register_buffer("running_count", th.zeros(()))
         self.register_buffer("running_mean", th.zeros(n_features))
         self.register_buffer("running_var", th.zeros(n_features))
-        self.register_buffer("running_scale", th.ones(n_features))
+        self.register_buffer("scale", th.ones(n_features))  # follows from the variance, but acting shall not sort
 
     def forward(self, features: th.Tensor) -> th.Tensor:
         """
@@ -145,15 +141,27 @@ class FeatureScaling(nn.Module):
         if self.training and len(features) > 1:  # a single one has no variance
             with th.no_grad():
                 variance, mean = th.var_mean(features, dim=0)
-                self.running_count.add_(1)
-                weight = (1 / self.running_count).clamp(min=BatchStatistics.momentum)
-                self.running_mean.lerp_(mean, weight)
-                self.running_var.lerp_(variance, weight)
-                std = self.running_var.sqrt()
-                # What has hardly moved would be far too loud once it does; and where nothing moves, rounding shall not count
-                std = th.maximum(std, 1e-2 * std.mean()).clamp(min=1e-6)
-                self.running_scale.copy_(FEATURE_NORM / (std.sqrt() * std.sum().sqrt()))
-        return (features - self.running_mean) * self.running_scale
+                self.running_mean.lerp_(mean, BatchStatistics.momentum)
+                self.running_var.lerp_(variance, BatchStatistics.momentum)
+                largest = largest_variance(self.running_var, MAX_FEATURE_NORM**2)
+                self.scale.copy_((largest / self.running_var).clamp(max=1).sqrt())
+        return (features - self.running_mean) * self.scale
+
+
+def largest_variance(variances: th.Tensor, total: float) -> th.Tensor:
+    """
+    The level c at which sum_i min(v_i, c) = total. Where that sum stays below whatever c is, some c that limits none.
+
+    With v in ascending order, the sum is the least of v_1 + .. + v_k + (F - k) c over k, so c is the greatest of
+    (total - v_1 - .. - v_k) / (F - k): "water-filling".
+
+    :param variances: v, shape (F,)
+    :param total: positive
+    :return: c, scalar
+    """
+    variances, _ = variances.sort()
+    smaller = variances.cumsum(0) - variances  # v_1 + .. + v_k for k = 0 .. F - 1
+    return ((total - smaller) / th.arange(len(variances), 0, -1, device=variances.device)).max()
 
 
 class NoisePredictor(nn.Module):
@@ -165,7 +173,7 @@ class NoisePredictor(nn.Module):
     :param n_diffusion_steps: T
     :param net_arch: widths of the hidden layers
     :param activation_fn: activation function
-    :param scale_features: whether the features come in units of their own (:class:`FeatureScaling`)
+    :param limit_features: subtract the features' mean and limit their norm (:class:`NormLimit`)
     """
 
     time_table: th.Tensor
@@ -177,10 +185,10 @@ class NoisePredictor(nn.Module):
         n_diffusion_steps: int,
         net_arch: list[int],
         activation_fn: type[nn.Module],
-        scale_features: bool = False,
+        limit_features: bool = False,
     ):
         super().__init__()
-        self.norm = FeatureScaling(features_dim) if scale_features else nn.Identity()
+        self.norm = NormLimit(features_dim) if limit_features else nn.Identity()
         self.register_buffer("time_table", sinusoidal_embedding(n_diffusion_steps), persistent=False)
         activation_fn = Mish if activation_fn is nn.Mish else activation_fn
         self.time_mlp = nn.Sequential(*create_mlp(TIME_DIM, TIME_DIM, [2 * TIME_DIM], activation_fn))

@@ -97,7 +97,7 @@ class Actor(BasePolicy):
         self.action_dim = get_action_dim(action_space)
         self.diffusion = GaussianDiffusion(BETA_SCHEDULES[beta_schedule](n_diffusion_steps), n_sampling_steps, eta)
         self.noise_predictor = NoisePredictor(
-            features_dim, self.action_dim, n_diffusion_steps, net_arch, activation_fn, scale_features=batch_norm
+            features_dim, self.action_dim, n_diffusion_steps, net_arch, activation_fn, limit_features=batch_norm
         )
         self._register_fixed_noise()
 
@@ -338,8 +338,8 @@ class DiffusionPolicy(BasePolicy):
     :param exploration_noise: standard deviation of the normal noise added to explore, in units of the half box
     :param scale_noise_by_ent_coef: multiply ``exploration_noise`` with the entropy coefficient
     :param average_actor: act with a moving average of the actor
-    :param batch_norm: normalise the critics by batch statistics and have no target critics (CrossQ), and scale
-        the features that the actor gets
+    :param batch_norm: normalise the critics by batch statistics and have no target critics (CrossQ), and limit
+        the norm of the features that the actor gets
     :param pessimism: what Q is, from 0 for the critics' mean to 1 for the least of them, or ``"auto"``
     """
 

@@ -160,8 +160,8 @@ class SDAC(OffPolicyAlgorithm):
         ``final`` between its ``begin``-th and ``end``-th update (the paper)
     :param critic_steps: steps of the critics' optimizer per update, all with the same gradient (2 in official DPMD)
     :param batch_norm: normalise the inputs of the critics' layers by the statistics of the batch, and do without target
-        critics (CrossQ); ``tau`` and ``target_update_interval`` then only concern an averaged actor. The features
-        that the actor gets are centred and scaled, to equal norm and half way to equal variance
+        critics (CrossQ); ``tau`` and ``target_update_interval`` then only concern an averaged actor. Of the features that
+        the actor gets the mean is taken off, and their norm is limited
     :param pessimism: what Q is in the TD target, the candidates' weights and the choice among particles: from 0 for the mean
         of the critics to 1 for the least of them (clipped double Q-learning, the paper). ``"auto"`` is 0 until a transition
         into a terminal state (not one cut off by a time limit) was learned from, and then 1
@@ -337,14 +337,15 @@ class SDAC(OffPolicyAlgorithm):
         if acting_only or on_device:
             self.replay_buffer = None if acting_only else self._make_replay_buffer()
         self._create_aliases()
-        # Running statistics of batch normalisation and of the features are copied, not averaged, see SB3's issue 996
+        # Running statistics of batch normalisation are copied, not averaged, see SB3's issue 996, and so is the feature scale
+        # that follows from them
         self.batch_norm_stats, self.batch_norm_stats_target = [], []
         if self.critic_target is not None:
             self.batch_norm_stats += get_parameters_by_name(self.critic, ["running_"])
             self.batch_norm_stats_target += get_parameters_by_name(self.critic_target, ["running_"])
         if self.actor_target is not None:
-            self.batch_norm_stats += get_parameters_by_name(self.actor, ["running_"])
-            self.batch_norm_stats_target += get_parameters_by_name(self.actor_target, ["running_"])
+            self.batch_norm_stats += get_parameters_by_name(self.actor, ["running_", "norm.scale"])
+            self.batch_norm_stats_target += get_parameters_by_name(self.actor_target, ["running_", "norm.scale"])
         self._setup_temperature()
         self._mixed_precision = _has_bfloat16(self.device) if self.mixed_precision == "auto" else bool(self.mixed_precision)
         self._setup_compilation()

@@ -17,7 +17,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 from sb3_sdac import PAPER_DPMD, PAPER_SDAC, SDAC, sdac
 from sb3_sdac import score_matching as sm
-from sb3_sdac.networks import FEATURE_NORM, EnsembleLinear, FeatureScaling
+from sb3_sdac.networks import MAX_FEATURE_NORM, EnsembleLinear, NormLimit
 
 T = TypeVar("T")
 B, OBS_DIM, ACTION_DIM = 256, 17, 6
@@ -100,11 +100,11 @@ def test_actions_without_a_choice(beta_schedule: str, bound: float) -> None:
 
 
 def test_actions_of_large_features() -> None:
-    """Of the norm that training gives them, they are rounded more: 99 of 100 actions by less than the exploration noise."""
+    """Features of the largest norm are rounded more: 99 of 100 actions still by less than the exploration noise."""
     model = make_model(n_target_particles=1)
     norm = model.actor.noise_predictor.norm
-    assert isinstance(norm, FeatureScaling)
-    norm.running_scale.fill_(FEATURE_NORM / OBS_DIM**0.5)
+    assert isinstance(norm, NormLimit)
+    norm.scale.fill_(MAX_FEATURE_NORM / OBS_DIM**0.5)
     actions, mixed = in_both(model, lambda: sample_actions(model))
     differences = (mixed - actions).abs()
     assert 0 < differences.mean() < 5e-3

@@ -16,7 +16,7 @@ from stable_baselines3.common.utils import ConstantSchedule
 from torch import nn
 
 from sb3_sdac import SDAC, CnnPolicy, DiffusionPolicy, MultiInputPolicy
-from sb3_sdac.networks import FEATURE_NORM, EnsembleLinear, Mish
+from sb3_sdac.networks import MAX_FEATURE_NORM, EnsembleLinear, Mish
 from sb3_sdac.policies import Actor, Critic
 
 SMALL: dict[str, Any] = {"net_arch": [16], "n_diffusion_steps": 5, "n_sampling_steps": 2, "n_particles": 2}
@@ -519,11 +519,15 @@ def test_images_are_normalised_on_demand() -> None:
 
 
 @pytest.mark.parametrize("batch_norm", [True, False])
-def test_the_actors_features_are_scaled(batch_norm: bool) -> None:
-    """Training mode learns mean and variance, evaluation mode applies them; untrained, all pass as they come."""
+def test_the_norm_of_the_features_is_limited(batch_norm: bool) -> None:
+    """
+    Training mode learns mean and variance, evaluation mode applies them and changes nothing.
+
+    The largest features are scaled down to one size, smaller ones keep theirs; untrained, all pass as they come.
+    """
     actor = make_policy(batch_norm=batch_norm).actor
     first = actor.noise_predictor.first
-    obs = th.tensor([10, 100, 3000]) * (th.randn(256, 3, generator=th.Generator().manual_seed(0)) + 5)
+    obs = th.tensor([0.1, 100, 3000]) * (th.randn(256, 3, generator=th.Generator().manual_seed(0)) + 5)
 
     def by_hand(features: th.Tensor) -> th.Tensor:
         return features @ first.weight[:, :3].T + first.bias
@@ -536,11 +540,11 @@ def test_the_actors_features_are_scaled(batch_norm: bool) -> None:
     actor.set_training_mode(False)
     before = {name: value.clone() for name, value in actor.state_dict().items()}
     centred = obs - obs.mean(dim=0)
-    std = centred.std(dim=0)
-    scaled = FEATURE_NORM * centred / (std * std.sum()).sqrt()
-    th.testing.assert_close(actor.encode(obs), by_hand(scaled if batch_norm else obs), atol=1e-2, rtol=1e-4)
+    size = ((MAX_FEATURE_NORM**2 - centred[:, 0].var()) / 2).sqrt()
+    limited = th.stack([centred[:, 0], *(size * centred[:, 1:] / centred[:, 1:].std(dim=0)).T], dim=1)
+    th.testing.assert_close(actor.encode(obs), by_hand(limited if batch_norm else obs), atol=1e-2, rtol=1e-4)
     if batch_norm:
-        assert scaled.square().sum(dim=1).mean().sqrt() == pytest.approx(FEATURE_NORM, rel=0.01)
+        assert limited.square().sum(dim=1).mean().sqrt() == pytest.approx(MAX_FEATURE_NORM, rel=0.01)
     assert all(th.equal(value, before[name]) for name, value in actor.state_dict().items())
 
 

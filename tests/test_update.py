@@ -17,7 +17,7 @@ from torch import nn
 
 from sb3_sdac import PAPER_DPMD, PAPER_SDAC, SDAC
 from sb3_sdac import score_matching as sm
-from sb3_sdac.networks import EnsembleLinear, FeatureScaling
+from sb3_sdac.networks import EnsembleLinear, NormLimit, largest_variance
 from sb3_sdac.sdac import _concatenate
 
 B = 8
@@ -548,54 +548,48 @@ def test_running_statistics_approach_those_of_the_batch() -> None:
     th.testing.assert_close(after, values, rtol=1e-3, atol=2e-3)
 
 
-def test_features_are_scaled_half_way() -> None:
-    """By hand: a norm of 16, shares of it in proportion to the standard deviations; from the first batch on."""
-    scaling = FeatureScaling(4)
-    features = th.tensor([0.0, 5.0, 30.0, 200.0]) * th.tensor([1.0, -1.0]).view(2, 1) + 5  # (2, 4)
-    scaled = scaling(features)
-    # The unbiased variance of +-x is 2 x^2; the constant counts as a hundredth of the mean, and stays at 0
-    std = 2**0.5 * th.tensor([2.35 / 4, 5.0, 30.0, 200.0])
-    expected = 16 * (features - 5) / (std * std.sum()).sqrt()
-    th.testing.assert_close(scaled, expected, rtol=1e-5, atol=1e-5)
-    assert scaled.var(dim=0).sum().sqrt().item() == pytest.approx(16, rel=2e-3)
-    assert (scaled.var(dim=0)[3] / scaled.var(dim=0)[1]).item() == pytest.approx(40)
-    for _ in range(3):
-        th.testing.assert_close(scaling(features), expected, rtol=1e-5, atol=1e-5)
-    th.testing.assert_close(scaling.eval()(features), expected, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize(
+    "variances, level",
+    [([1, 2, 3], 397), ([9, 1000, 0, 500], 195.5), ([1e3, 1e4, 1e5, 1e6], 100), ([399, 401], 200), ([0, 0], 400)],
+)
+def test_level_of_variances(variances: list[float], level: float) -> None:
+    """Those above it count as it; with all of them below 400 in sum it is above the largest."""
+    found = largest_variance(th.tensor(variances), total=400)
+    assert found.item() == pytest.approx(level)
+    if sum(variances) < 400:
+        assert found >= max(variances)
+    else:
+        assert th.tensor(variances).clamp(max=found.item()).sum().item() == pytest.approx(400)
 
 
-def test_features_are_scaled_by_moving_averages() -> None:
-    """A plain average of the first hundred batches, then a moving one with CrossQ's momentum; any unit will do."""
-    generator = th.Generator().manual_seed(0)
-    batches = th.randn(150, 16, 3, generator=generator) * th.tensor([1.0, 10.0, 0.1])
-    scaling, larger = FeatureScaling(3), FeatureScaling(3)
-    mean = th.zeros(3)
-    for n, features in enumerate(batches, 1):
-        scaled = scaling(features)
-        th.testing.assert_close(larger(1000 * features), scaled, rtol=1e-3, atol=1e-3)
-        mean += (features.mean(dim=0) - mean) * max(1 / n, 0.01)
-        th.testing.assert_close(scaling.running_mean, mean, rtol=1e-4, atol=1e-5)
-
-
-def test_constant_features_do_not_count() -> None:
-    scaling = FeatureScaling(2)
-    for _ in range(10):
-        assert scaling(th.tensor([0.3, -1.7]).expand(256, 2)).abs().max() < 10
+def test_only_the_largest_features_are_scaled() -> None:
+    """A constant and a small one keep their unit, around 0; the others come down to one standard deviation."""
+    norm = NormLimit(4)
+    features = th.tensor([5.0, 0.5, 30.0, 200.0]) * th.tensor([1.0, -1.0]).view(2, 1)  # (2, 4): +-
+    features[:, 0] = 5.0
+    for _ in range(2000):  # until the moving averages have come to rest
+        norm(features)
+    limited = norm.eval()(features + th.tensor([0.0, 1.0, 0.0, 0.0]))
+    # By hand: the unbiased variance of +-x is 2 x^2; (400 - 0 - 0.5) / 2 is left to each of the two largest
+    large = (199.75 / 2) ** 0.5
+    expected = th.tensor([[0.0, 1.5, large, large], [0.0, 0.5, -large, -large]])
+    th.testing.assert_close(limited, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_acting_leaves_the_statistics_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the critics and of the actor; an averaged actor gets the actor's as they are."""
     model = make_model(batch_norm=True, average_actor=True, target_update_interval=1)
     assert model.actor_target is not None
-    data = batch()
+    data = batch()  # observations beyond the limit of their norm, so that their scale moves, too
+    data = data._replace(observations=1000 * data.observations, next_observations=1000 * data.next_observations)
     give_batch(model, monkeypatch, data)
     norm, norm_target = model.actor.noise_predictor.norm, model.actor_target.noise_predictor.norm
-    assert isinstance(norm, FeatureScaling)
+    assert isinstance(norm, NormLimit)
     statistics: list[th.Tensor] = [*model.critic.q_networks.buffers(), *norm.buffers()]
     before = [buffer.clone() for buffer in statistics]
     model.predict(model.observation_space.sample())
     model._score_matching_loss(model.actor.encode(data.observations), model.critic.encode(data.observations), data.actions)
-    assert all(map(th.equal, before, statistics)) and len(before) == 2 * 2 + 4
+    assert all(map(th.equal, before, statistics)) and len(before) == 2 * 2 + 3
     model.train(1)
     assert not any(map(th.equal, before, statistics))
     assert all(map(th.equal, norm.buffers(), norm_target.buffers()))
