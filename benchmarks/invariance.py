@@ -21,6 +21,8 @@ import torch as th
 from run import config_hash
 
 RESULTS = Path(__file__).parent / "results" / "invariance.csv"
+#: Of the default
+CONFIG = config_hash("sdac", {})
 COLUMNS = ["variant", "config", "env", "seed", "env_steps", "updates", "returns"]
 #: Factor on the rewards, number of environments, and how often to update how many times
 VARIANTS: dict[str, tuple[float, int, dict[str, int]]] = {
@@ -58,8 +60,7 @@ def train(variant: str, env_id: str, seed: int, steps: int, eval_freq: int) -> l
         model.learn(milestone - model.num_timesteps, log_interval=10_000, reset_num_timesteps=False)
         returns, _ = evaluate_policy(model, eval_env, 10, return_episode_rewards=True)
         text = " ".join(f"{value:.1f}" for value in returns)  # type: ignore[union-attr]
-        config = config_hash("sdac", {})
-        values = [variant, config, env_id, seed, model.num_timesteps, model._n_updates, text]
+        values = [variant, CONFIG, env_id, seed, model.num_timesteps, model._n_updates, text]
         rows.append(dict(zip(COLUMNS, values, strict=True)))
         print(rows[-1], flush=True)
     return rows
@@ -79,8 +80,8 @@ def main() -> None:
     if RESULTS.exists():
         with RESULTS.open(newline="") as file:
             rows = list(csv.DictReader(file))
-    if any(row["config"] != config_hash("sdac", {}) for row in rows):
-        raise ValueError(f"{RESULTS} holds runs of another default: move it away")
+    if any(row["config"] != CONFIG for row in rows):
+        raise ValueError(f"{RESULTS} holds runs of another default, not to be compared with today's: move it away")
     done = {(row["variant"], row["env"], int(row["seed"])) for row in rows}
     todo = [variant for variant in args.only if (variant, args.env, args.seed) not in done]
     parallel = joblib.Parallel(n_jobs=args.jobs, batch_size=1, return_as="generator_unordered")

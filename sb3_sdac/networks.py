@@ -125,13 +125,13 @@ class NormLimit(nn.Module):
 
     running_mean: th.Tensor
     running_var: th.Tensor
-    scale: th.Tensor
+    running_scale: th.Tensor
 
     def __init__(self, n_features: int):
         super().__init__()
         self.register_buffer("running_mean", th.zeros(n_features))
         self.register_buffer("running_var", th.zeros(n_features))
-        self.register_buffer("scale", th.ones(n_features))  # follows from the variance, but acting shall not sort
+        self.register_buffer("running_scale", th.ones(n_features))  # follows from the variance, but acting shall not sort
 
     def forward(self, features: th.Tensor) -> th.Tensor:
         """
@@ -144,8 +144,8 @@ class NormLimit(nn.Module):
                 self.running_mean.lerp_(mean, BatchStatistics.momentum)
                 self.running_var.lerp_(variance, BatchStatistics.momentum)
                 largest = largest_variance(self.running_var, MAX_FEATURE_NORM**2)
-                self.scale.copy_((largest / self.running_var).clamp(max=1).sqrt())
-        return (features - self.running_mean) * self.scale
+                self.running_scale.copy_((largest / self.running_var).clamp(max=1).sqrt())
+        return (features - self.running_mean) * self.running_scale
 
 
 def largest_variance(variances: th.Tensor, total: float) -> th.Tensor:

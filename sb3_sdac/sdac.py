@@ -337,15 +337,14 @@ class SDAC(OffPolicyAlgorithm):
         if acting_only or on_device:
             self.replay_buffer = None if acting_only else self._make_replay_buffer()
         self._create_aliases()
-        # Running statistics of batch normalisation are copied, not averaged, see SB3's issue 996, and so is the feature scale
-        # that follows from them
+        # Running statistics, of batch normalisation and of the features, are copied, not averaged, see SB3's issue 996
         self.batch_norm_stats, self.batch_norm_stats_target = [], []
         if self.critic_target is not None:
             self.batch_norm_stats += get_parameters_by_name(self.critic, ["running_"])
             self.batch_norm_stats_target += get_parameters_by_name(self.critic_target, ["running_"])
         if self.actor_target is not None:
-            self.batch_norm_stats += get_parameters_by_name(self.actor, ["running_", "norm.scale"])
-            self.batch_norm_stats_target += get_parameters_by_name(self.actor_target, ["running_", "norm.scale"])
+            self.batch_norm_stats += get_parameters_by_name(self.actor, ["running_"])
+            self.batch_norm_stats_target += get_parameters_by_name(self.actor_target, ["running_"])
         self._setup_temperature()
         self._mixed_precision = _has_bfloat16(self.device) if self.mixed_precision == "auto" else bool(self.mixed_precision)
         self._setup_compilation()

@@ -83,7 +83,7 @@ def make_model(observation_space: spaces.Space, normalize: dict[str, Any] | None
         th.manual_seed(0)
         model = SDAC(policy, env, **{**SMALL, **kwargs})
         for name, buffer in model.policy.named_buffers():
-            if "running_" in name or name.endswith("norm.scale"):
+            if "running_" in name:
                 # Thousands of features of images that are all off by one would drive every action into the same corner
                 buffer.uniform_(0.5, 2).mul_(0.01 if "norm.running_mean" in name and "noise_predictor" in name else 1)
         if model.actor_target is not None:  # not as the actor

@@ -104,7 +104,7 @@ def test_actions_of_large_features() -> None:
     model = make_model(n_target_particles=1)
     norm = model.actor.noise_predictor.norm
     assert isinstance(norm, NormLimit)
-    norm.scale.fill_(MAX_FEATURE_NORM / OBS_DIM**0.5)
+    norm.running_scale.fill_(MAX_FEATURE_NORM / OBS_DIM**0.5)
     actions, mixed = in_both(model, lambda: sample_actions(model))
     differences = (mixed - actions).abs()
     assert 0 < differences.mean() < 5e-3
