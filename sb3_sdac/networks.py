@@ -112,9 +112,9 @@ def last_in_float32(layers: nn.Sequential, x: th.Tensor) -> th.Tensor:
 
 class NormLimit(nn.Module):
     """
-    Features minus their mean, those of largest variance scaled down to one common standard deviation, such that the norm of
-    all (root mean square) is at most ``MAX_FEATURE_NORM``. The others keep their scale: were they scaled up, rare contacts
-    would be as loud as velocities.
+    Features minus their mean, divided by a power of their standard deviation, the least that brings the norm of all (root mean
+    square) down to ``MAX_FEATURE_NORM``. Where it is not above that anyway the power is 0 and they keep their scale: were they
+    normalised, rare contacts would be as loud as velocities.
 
     Mean and variance are moving averages over the batches seen in training mode, and used there, too: the noise predictor
     gets in learning what it gets in acting. Momentum as in :class:`BatchStatistics`. Nothing is learned, as a linear layer
@@ -131,7 +131,7 @@ class NormLimit(nn.Module):
         super().__init__()
         self.register_buffer("running_mean", th.zeros(n_features))
         self.register_buffer("running_var", th.zeros(n_features))
-        self.register_buffer("running_scale", th.ones(n_features))  # follows from the variance, but acting shall not sort
+        self.register_buffer("running_scale", th.ones(n_features))  # follows from the variance, but acting shall not solve for it
 
     def forward(self, features: th.Tensor) -> th.Tensor:
         """
@@ -143,25 +143,32 @@ class NormLimit(nn.Module):
                 variance, mean = th.var_mean(features, dim=0)
                 self.running_mean.lerp_(mean, BatchStatistics.momentum)
                 self.running_var.lerp_(variance, BatchStatistics.momentum)
-                largest = largest_variance(self.running_var, MAX_FEATURE_NORM**2)
-                self.running_scale.copy_((largest / self.running_var).clamp(max=1).sqrt())
+                self.running_scale.copy_(limiting_scale(self.running_var.sqrt(), MAX_FEATURE_NORM))
         return (features - self.running_mean) * self.running_scale
 
 
-def largest_variance(variances: th.Tensor, total: float) -> th.Tensor:
+def limiting_scale(stds: th.Tensor, max_norm: float) -> th.Tensor:
     """
-    The level c at which sum_i min(v_i, c) = total. Where that sum stays below whatever c is, some c that limits none.
+    s^-p with the least p in [0, 1] at which the squared norm, the sum of s^(2 - 2p), is at most max_norm^2. With more than
+    max_norm^2 features there may be none; then it is at most F, as normalised features have it, and the rest is one factor.
 
-    With v in ascending order, the sum is the least of v_1 + .. + v_k + (F - k) c over k, so c is the greatest of
-    (total - v_1 - .. - v_k) / (F - k): "water-filling".
+    The logarithm of that sum is convex in p, and falls wherever it is above log F: Newton's method comes from p = 0 and stays
+    below the solution. A feature that hardly moves counts as one of a hundredth of the mean standard deviation.
 
-    :param variances: v, shape (F,)
-    :param total: positive
-    :return: c, scalar
+    :param stds: s, shape (F,), standard deviations of the features
+    :param max_norm: positive
+    :return: shape (F,)
     """
-    variances, _ = variances.sort()
-    smaller = variances.cumsum(0) - variances  # v_1 + .. + v_k for k = 0 .. F - 1
-    return ((total - smaller) / th.arange(len(variances), 0, -1, device=variances.device)).max()
+    log_std = stds.clamp(min=1e-2 * stds.mean()).clamp(min=1e-6).log()
+    target = max(2 * math.log(max_norm), math.log(len(stds)))
+    power = th.zeros_like(log_std[0])
+    for _ in range(6):  # by then exact to rounding
+        exponents = (2 - 2 * power) * log_std
+        excess = exponents.logsumexp(0) - target
+        fall = 2 * (exponents.softmax(0) * log_std).sum()
+        power = th.where(excess > 0, power + excess / fall, power).clamp(max=1)
+    log_norm = ((2 - 2 * power) * log_std).logsumexp(0) / 2
+    return (-power * log_std + (math.log(max_norm) - log_norm).clamp(max=0)).exp()
 
 
 class NoisePredictor(nn.Module):
