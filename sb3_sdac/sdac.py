@@ -36,6 +36,7 @@ from sb3_sdac import score_matching as sm
 from sb3_sdac.buffers import DeviceReplayBuffer, fits_on_device
 from sb3_sdac.compilation import GraphedUpdate, compiled, set_learning_rate
 from sb3_sdac.diffusion import BETA_SCHEDULES
+from sb3_sdac.networks import denormals_flushed
 from sb3_sdac.policies import Actor, CnnPolicy, Critic, DiffusionPolicy, MlpPolicy, MultiInputPolicy, is_count
 
 SelfSDAC = TypeVar("SelfSDAC", bound="SDAC")
@@ -458,7 +459,9 @@ class SDAC(OffPolicyAlgorithm):
             set_learning_rate(self.actor.optimizer, self._actor_learning_rate())
             set_learning_rate(self.critic.optimizer, self._qf_learning_rate())
 
-            self._track(**self._run_update(replay_data, step_actor, step_targets))
+            with denormals_flushed():
+                metrics = self._run_update(replay_data, step_actor, step_targets)
+            self._track(**metrics)
 
             if self._target_entropy is not None and self._n_updates % PAPER_ENT_COEF_INTERVAL == 0:
                 self._step_paper_temperature(self._target_entropy)

@@ -17,7 +17,7 @@ from torch import nn
 
 from sb3_sdac import PAPER_DPMD, PAPER_SDAC, SDAC
 from sb3_sdac import score_matching as sm
-from sb3_sdac.networks import EnsembleLinear, NormLimit, largest_variance
+from sb3_sdac.networks import EnsembleLinear, NormLimit, limiting_scale
 from sb3_sdac.sdac import _concatenate
 
 B = 8
@@ -549,31 +549,45 @@ def test_running_statistics_approach_those_of_the_batch() -> None:
 
 
 @pytest.mark.parametrize(
-    "variances, level",
-    [([1, 2, 3], 397), ([9, 1000, 0, 500], 195.5), ([1e3, 1e4, 1e5, 1e6], 100), ([399, 401], 200), ([0, 0], 400)],
+    "stds, scales",
+    [
+        ([3.0, 4.0], [1.0, 1.0]),
+        ([100.0, 100.0], [200**0.5 / 100] * 2),
+        ([1.0, 1.0, 50.0], [1.0, 1.0, 398**0.5 / 50]),  # any power of 1 is 1, so the others have the rest of 400
+        ([1e-3] * 900, [1.0] * 900),
+        ([1.0] * 900, [20 / 30] * 900),  # no power of 1 helps
+        ([50.0] * 900, [20 / 30 / 50] * 900),
+    ],
+    ids=["below", "equal", "units", "many small", "many units", "many"],
 )
-def test_level_of_variances(variances: list[float], level: float) -> None:
-    """Those above it count as it; with all of them below 400 in sum it is above the largest."""
-    found = largest_variance(th.tensor(variances), total=400)
-    assert found.item() == pytest.approx(level)
-    if sum(variances) < 400:
-        assert found >= max(variances)
-    else:
-        assert th.tensor(variances).clamp(max=found.item()).sum().item() == pytest.approx(400)
+def test_limiting_scale(stds: list[float], scales: list[float]) -> None:
+    """Worked out by hand for a norm of 20."""
+    th.testing.assert_close(limiting_scale(th.tensor(stds), 20.0), th.tensor(scales), rtol=1e-4, atol=0)
 
 
-def test_only_the_largest_features_are_scaled() -> None:
-    """A constant and a small one keep their unit, around 0; the others come down to one standard deviation."""
-    norm = NormLimit(4)
-    features = th.tensor([5.0, 0.5, 30.0, 200.0]) * th.tensor([1.0, -1.0]).view(2, 1)  # (2, 4): +-
+@pytest.mark.parametrize("spread", [0.5, 2.0])
+def test_limiting_scale_is_a_power(spread: float) -> None:
+    """Those of 300 features as they may come: one power for all, between 0 and 1, and the norm is the largest allowed."""
+    stds = 30 * (spread * th.rand(300)).exp()
+    scales = limiting_scale(stds, 20.0)
+    powers = -scales.log() / stds.log()
+    th.testing.assert_close(powers, powers[:1].expand(300), rtol=1e-4, atol=0)
+    assert 0 < powers[0] < 1
+    assert (stds * scales).norm().item() == pytest.approx(20, rel=1e-4)
+
+
+def test_features_of_a_large_norm_are_scaled() -> None:
+    """A unit feature keeps its unit around its mean, a large one has what is left of the squared norm, a constant stays 0."""
+    norm = NormLimit(3)
+    unit = 0.5**0.5  # the unbiased variance of +-x is 2 x^2
+    features = th.tensor([5.0, unit, 30.0]) * th.tensor([1.0, -1.0]).view(2, 1)  # (2, 3): +-
     features[:, 0] = 5.0
     for _ in range(2000):  # until the moving averages have come to rest
         norm(features)
-    limited = norm.eval()(features + th.tensor([0.0, 1.0, 0.0, 0.0]))
-    # By hand: the unbiased variance of +-x is 2 x^2; (400 - 0 - 0.5) / 2 is left to each of the two largest
-    large = (199.75 / 2) ** 0.5
-    expected = th.tensor([[0.0, 1.5, large, large], [0.0, 0.5, -large, -large]])
-    th.testing.assert_close(limited, expected, rtol=1e-4, atol=1e-4)
+    limited = norm.eval()(features)
+    # The constant counts as a hundredth of the mean standard deviation, and hardly
+    large = (399 / 2) ** 0.5
+    th.testing.assert_close(limited, th.tensor([[0.0, unit, large], [0.0, -unit, -large]]), rtol=1e-3, atol=1e-4)
 
 
 def test_acting_leaves_the_statistics_alone(monkeypatch: pytest.MonkeyPatch) -> None:
