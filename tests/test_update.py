@@ -590,6 +590,38 @@ def test_features_of_a_large_norm_are_scaled() -> None:
     th.testing.assert_close(limited, th.tensor([[0.0, unit, large], [0.0, -unit, -large]]), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("before", [False, True])
+def test_updates_count_denormals_as_zero(monkeypatch: pytest.MonkeyPatch, before: bool) -> None:
+    """Within updates, also where one raises; outside it is as it was."""
+
+    def denormal() -> float:
+        return (th.tensor(1e-39) * 1).item()
+
+    seen: list[float] = []
+
+    def update(*args: Any) -> dict[str, th.Tensor]:
+        seen.append(denormal())
+        if len(seen) == 3:
+            raise KeyError
+        return {}
+
+    model = make_model()
+    monkeypatch.setattr(model, "_run_update", update)
+    give_batch(model, monkeypatch, batch())
+    assert th.set_flush_denormal(before)
+    try:
+        outside = [denormal()]
+        model.train(2)
+        outside.append(denormal())
+        with pytest.raises(KeyError):
+            model.train(1)
+        outside.append(denormal())
+    finally:
+        th.set_flush_denormal(False)
+    assert seen == [0, 0, 0]
+    assert outside == [0, 0, 0] if before else all(outside)
+
+
 def test_acting_leaves_the_statistics_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the critics and of the actor; an averaged actor gets the actor's as they are."""
     model = make_model(batch_norm=True, average_actor=True, target_update_interval=1)
