@@ -149,7 +149,7 @@ class NormLimit(nn.Module):
         super().__init__()
         self.register_buffer("running_mean", th.zeros(n_features))
         self.register_buffer("running_var", th.zeros(n_features))
-        self.register_buffer("running_scale", th.ones(n_features))  # follows from the variance, but acting shall not solve for it
+        self.register_buffer("running_scale", th.ones(n_features))  # follows from the variance; acting has it ready
 
     def forward(self, features: th.Tensor) -> th.Tensor:
         """
