@@ -366,7 +366,8 @@ class CriticEnsemble(nn.Module):
     Q_1 .. Q_C (features, action): MLPs on the concatenation of features and action, evaluated together.
 
     With ``batch_norm`` the inputs are normalised, and what each hidden layer gives to its activation function. CrossQ
-    (Bhatt et al. 2024) normalises what that gives instead: there the weights' growth drives it to its limits, a kink.
+    (Bhatt et al. 2024) normalises what that function gives instead; there growing weights make a kink of it
+    (benchmarks/trials.md, "The order of normalisation and activation").
 
     :param n_critics: C
     :param features_dim: width of the features
