@@ -135,7 +135,7 @@ class NormLimit(nn.Module):
     normalised, rare contacts would be as loud as velocities.
 
     Mean and variance are moving averages over the batches seen in training mode, and used there, too: the noise predictor
-    gets in learning what it gets in acting. Momentum as in :class:`BatchNorm`. Nothing is learned, as a linear layer
+    gets in learning what it gets in acting. Momentum as in :class:`BatchStatistics`. Nothing is learned, as a linear layer
     follows.
 
     :param n_features: F
@@ -159,8 +159,8 @@ class NormLimit(nn.Module):
         if self.training and len(features) > 1:  # a single one has no variance
             with th.no_grad():
                 variance, mean = th.var_mean(features, dim=0)
-                self.running_mean.lerp_(mean, BatchNorm.momentum)
-                self.running_var.lerp_(variance, BatchNorm.momentum)
+                self.running_mean.lerp_(mean, BatchStatistics.momentum)
+                self.running_var.lerp_(variance, BatchStatistics.momentum)
                 self.running_scale.copy_(limiting_scale(self.running_var.sqrt(), MAX_FEATURE_NORM))
         return (features - self.running_mean) * self.running_scale
 
@@ -257,124 +257,110 @@ class NoisePredictor(nn.Module):
         return last_in_float32(self.rest, hidden + (encoded + encoded_t).to(hidden.dtype))
 
 
-class BatchNorm(nn.Module):
+class BatchStatistics(nn.Module):
     """
-    Batch normalisation (Ioffe and Szegedy 2015, arXiv 1502.03167) of members side by side. What it learns and remembers is
-    under PyTorch's names, without the count of batches that loading a bare dictionary into ``nn.BatchNorm1d`` would ask for.
-    Momentum and epsilon of CrossQ.
+    What batch normalisation learns and remembers, under PyTorch's names, without the count of batches that loading a bare
+    dictionary into ``nn.BatchNorm1d`` would ask for. Momentum and epsilon of CrossQ.
 
-    :param n_members: C
-    :param n_features: F of each
-    :param affine: whether scale and shift are learned, too
+    :param n_features: channels
     """
 
     running_mean: th.Tensor
     running_var: th.Tensor
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
     momentum, eps = 0.01, 1e-3
 
-    def __init__(self, n_members: int, n_features: int, affine: bool = True):
+    def __init__(self, n_features: int):
         super().__init__()
-        n_channels = n_members * n_features  # every feature of every member is a channel of its own
-        self.shape = n_members, 1, n_features
-        self.register_parameter("weight", nn.Parameter(th.ones(n_channels)) if affine else None)
-        self.register_parameter("bias", nn.Parameter(th.zeros(n_channels)) if affine else None)
-        self.register_buffer("running_mean", th.zeros(n_channels))
-        self.register_buffer("running_var", th.ones(n_channels))
-
-    def scale_and_shift(self) -> tuple[th.Tensor, th.Tensor]:
-        """:return: what the running statistics multiply with and what they add then, each of shape (C, 1, F)"""
-        scale = (self.running_var + self.eps).rsqrt()
-        if self.weight is not None:
-            scale = scale * self.weight
-        shift = -self.running_mean * scale
-        if self.bias is not None:
-            shift = shift + self.bias
-        return scale.view(self.shape), shift.view(self.shape)
-
-    def normalise_batch(self, x: th.Tensor) -> th.Tensor:
-        """
-        By the mean and variance of x over M, which move the running ones.
-
-        :param x: shape (C, M, F)
-        :return: same shape
-        """
-        flat = x.transpose(0, 1).flatten(1)  # (C, M, F) -> (M, C * F)
-        statistics = self.running_mean, self.running_var
-        flat = F.batch_norm(flat, *statistics, self.weight, self.bias, True, self.momentum, self.eps)
-        return flat.unflatten(1, (x.shape[0], -1)).transpose(0, 1)
+        self.weight = nn.Parameter(th.ones(n_features))
+        self.bias = nn.Parameter(th.zeros(n_features))
+        self.register_buffer("running_mean", th.zeros(n_features))
+        self.register_buffer("running_var", th.ones(n_features))
 
 
 class EnsembleLinear(nn.Module):
     """
-    Linear layers side by side, one per member, as one batched matrix product; optionally with normalised outputs.
+    Linear layers side by side, one per member, as one batched matrix product; optionally with normalised inputs.
 
     :param n_members: C
     :param in_features: inputs of each
     :param out_features: outputs of each
-    :param batch_norm: normalise the outputs (:class:`BatchNorm`, whose bias is then the only one)
+    :param batch_norm: normalise the inputs by statistics of the batch (Ioffe and Szegedy 2015, arXiv 1502.03167)
     """
-
-    bias: nn.Parameter | None
 
     def __init__(self, n_members: int, in_features: int, out_features: int, batch_norm: bool = False):
         super().__init__()
         self.weight = nn.Parameter(th.empty(n_members, in_features, out_features))
-        self.register_parameter("bias", None if batch_norm else nn.Parameter(th.zeros(n_members, 1, out_features)))
+        self.bias = nn.Parameter(th.zeros(n_members, 1, out_features))
         lecun_normal_(self.weight, in_features)
-        self.norm = BatchNorm(n_members, out_features) if batch_norm else None
+        self.norm = BatchStatistics(n_members * in_features) if batch_norm else None
 
     def folded(self) -> tuple[th.Tensor, th.Tensor]:
         """
         Normalisation by the running statistics is linear, so it costs next to nothing as part of this layer.
 
-        :return: weight, shape (C, in, out), and bias, shape (C, 1, out)
+        :return: weight, shape (C, in, out), and bias, shape (C, 1, out), that act on inputs as they come
         """
         if self.norm is None:
-            assert self.bias is not None
             return self.weight, self.bias
-        scale, shift = self.norm.scale_and_shift()
-        return self.weight * scale, shift
+        scale, shift = self._scale_and_shift(self.norm)
+        return scale.mT * self.weight, th.baddbmm(self.bias, shift, self.weight)
+
+    def folded_weight(self, first: int) -> th.Tensor:
+        """
+        :param first: input at which to begin
+        :return: that part of the weight of :meth:`folded`, shape (C, in - first, out)
+        """
+        weight = self.weight[:, first:]
+        return weight if self.norm is None else self._scale_and_shift(self.norm)[0][..., first:].mT * weight
+
+    def _scale_and_shift(self, norm: BatchStatistics) -> tuple[th.Tensor, th.Tensor]:
+        """:return: what the running statistics multiply the inputs with and add to them, each of shape (C, 1, in)"""
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        shift = norm.bias - norm.running_mean * scale
+        n_members, in_features, _ = self.weight.shape
+        return scale.view(n_members, 1, in_features), shift.view(n_members, 1, in_features)
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         """
         :param x: shape (C, M, in)
         :return: shape (C, M, out)
         """
-        if self.norm is not None and x.shape[1] < self.weight.shape[1]:  # few rows, as in acting: less work than folding
-            scale, shift = self.norm.scale_and_shift()
-            x = x.bmm(self.weight)
-            return th.addcmul(shift, x, scale.to(x.dtype))
-        weight, bias = self.folded()
-        if weight.shape[-1] == 1:  # a batched matrix product takes ten times as long for a single column
-            return th.linalg.vecdot(x, weight.mT).unsqueeze(-1) + bias
-        return th.baddbmm(bias, x, weight)
+        if self.norm is not None and x.shape[1] < self.weight.shape[-1]:  # few inputs, as in acting: less work than folding
+            scale, shift = self._scale_and_shift(self.norm)
+            return _ensemble_linear(th.addcmul(shift, x, scale.to(x.dtype)), self.weight, self.bias)
+        return _ensemble_linear(x, *self.folded())
 
     def normalise_batch(self, x: th.Tensor) -> th.Tensor:
         """
-        The same with the outputs normalised by their own mean and variance over M, which move the running ones.
+        The same with the inputs normalised by their own mean and variance over M, which move the running ones.
 
         :param x: shape (C, M, in)
         :return: shape (C, M, out)
         """
-        return self(x) if self.norm is None else self.norm.normalise_batch(x.bmm(self.weight))
+        norm = self.norm
+        assert norm is not None
+        # (C, M, in) -> (M, C * in): every input of every member is a channel of its own
+        flat = x.transpose(0, 1).flatten(1)
+        flat = F.batch_norm(flat, norm.running_mean, norm.running_var, norm.weight, norm.bias, True, norm.momentum, norm.eps)
+        return _ensemble_linear(flat.view(x.shape[1], x.shape[0], -1).transpose(0, 1), self.weight, self.bias)
+
+
+def _ensemble_linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
+    if weight.shape[-1] == 1:  # a batched matrix product takes ten times as long for a single column
+        return th.linalg.vecdot(x, weight.mT).unsqueeze(-1) + bias
+    return th.baddbmm(bias, x, weight)
 
 
 class CriticEnsemble(nn.Module):
     """
     Q_1 .. Q_C (features, action): MLPs on the concatenation of features and action, evaluated together.
 
-    With ``batch_norm`` the inputs are normalised, and what each hidden layer gives to its activation function. CrossQ
-    (Bhatt et al. 2024) normalises what that function gives instead; there growing weights make a kink of it
-    (benchmarks/trials.md, "The order of normalisation and activation").
-
     :param n_critics: C
     :param features_dim: width of the features
     :param action_dim: A
     :param net_arch: widths of the hidden layers
     :param activation_fn: activation function
-    :param batch_norm: normalise by batch statistics
+    :param batch_norm: normalise the inputs of every layer, as in CrossQ
     """
 
     def __init__(
@@ -388,27 +374,13 @@ class CriticEnsemble(nn.Module):
     ):
         super().__init__()
         activation_fn = Mish if activation_fn is nn.Mish else activation_fn
-        # All members have the same inputs; nothing is learned about them, as a linear layer follows
-        self.norm = BatchNorm(1, features_dim + action_dim, affine=False) if batch_norm else None
-        widths = [features_dim + action_dim, *net_arch]
+        widths = [features_dim + action_dim, *net_arch, 1]
         layers: list[nn.Module] = []
         for in_features, out_features in pairwise(widths):
             layers += [EnsembleLinear(n_critics, in_features, out_features, batch_norm), activation_fn()]
-        layers.append(EnsembleLinear(n_critics, widths[-1], 1))
         self.first: EnsembleLinear = layers[0]  # type: ignore[assignment]
-        self.rest = nn.Sequential(*layers[1:])
+        self.rest = nn.Sequential(*layers[1:-1])  # no activation after the last layer
         self.features_dim = features_dim
-
-    def _normalised(self, x: th.Tensor, first: int) -> th.Tensor:
-        """
-        :param x: some of the inputs, shape (.., n)
-        :param first: the first of them
-        :return: same shape
-        """
-        if self.norm is None:
-            return x
-        scale, shift = (values[0, 0, first : first + x.shape[-1]] for values in self.norm.scale_and_shift())
-        return th.addcmul(shift, x, scale)
 
     def encode(self, features: th.Tensor) -> th.Tensor:
         """
@@ -418,7 +390,6 @@ class CriticEnsemble(nn.Module):
         :return: shape (C, B, H)
         """
         weight, bias = self.first.folded()
-        features = self._normalised(features, 0)
         # (B, F) -> (C, B, F) @ (C, F, H) -> (C, B, H)
         return th.baddbmm(bias, features.expand(len(weight), -1, -1), weight[:, : self.features_dim])
 
@@ -431,26 +402,23 @@ class CriticEnsemble(nn.Module):
         :return: shape (C, B) or (C, B, N)
         """
         n_critics, batch_size, width = encoded.shape
-        weight, _ = self.first.folded()
-        actions = self._normalised(actions, self.features_dim)
+        weight = self.first.folded_weight(self.features_dim)
         # (B, N, A) -> (C, B * N, A) @ (C, A, H) -> (C, B * N, H) -> (C, B, N, H), plus (C, B, 1, H). Torch would lay out
         # a plain product the other way round when there is a gradient, and turn it afterwards
-        hidden = actions.flatten(end_dim=-2).expand(n_critics, -1, -1).bmm(weight[:, self.features_dim :])
+        hidden = actions.flatten(end_dim=-2).expand(n_critics, -1, -1).bmm(weight)
         hidden = hidden.view(n_critics, batch_size, -1, width) + encoded.to(hidden.dtype).unsqueeze(2)
         # (C, B, N, H) -> (C, B * N, H) -> (C, B * N, 1) -> (C, B) or (C, B, N)
         return last_in_float32(self.rest, hidden.flatten(1, 2)).view(n_critics, *actions.shape[:-1])
 
     def normalise_batch(self, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
         """
-        Values with inputs and layers normalised by the statistics of this batch, which move the running ones. For learning.
+        Values with all layers normalised by the statistics of this batch, which move the running ones. For learning.
 
         :param features: shape (B, F)
         :param actions: shape (B, A)
         :return: shape (C, B)
         """
-        assert self.norm is not None
-        x = self.norm.normalise_batch(th.cat([features, actions], dim=1).unsqueeze(0))  # (1, B, F + A)
-        x = x.expand(len(self.first.weight), -1, -1)  # (C, B, F + A)
+        x = th.cat([features, actions], dim=1).expand(len(self.first.weight), -1, -1)  # (B, F + A) -> (C, B, F + A)
         for layer in [self.first, *self.rest]:
             x = layer.normalise_batch(x) if isinstance(layer, EnsembleLinear) else layer(x)
         return x.squeeze(-1)

@@ -232,7 +232,6 @@ def set_critics(critics: CriticEnsemble, members: list[Layers]) -> None:
     """
     modules = [module for module in [critics.first, *critics.rest] if isinstance(module, EnsembleLinear)]
     for module, member_layers in zip(modules, zip(*members, strict=True), strict=True):
-        assert module.bias is not None
         module.weight.data.copy_(th.stack([th.as_tensor(weight) for weight, _ in member_layers]))
         module.bias.data.copy_(th.stack([th.as_tensor(bias) for _, bias in member_layers]).unsqueeze(1))
 

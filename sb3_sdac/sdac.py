@@ -160,10 +160,9 @@ class SDAC(OffPolicyAlgorithm):
     :param actor_lr_decay: ``(final, begin, end)``: the actor's learning rate goes linearly from ``learning_rate`` to
         ``final`` between its ``begin``-th and ``end``-th update (the paper)
     :param critic_steps: steps of the critics' optimizer per update, all with the same gradient (2 in official DPMD)
-    :param batch_norm: normalise the critics' inputs, and their hidden layers before the activation function, by the statistics
-        of the batch, and do without target critics (as CrossQ, which normalises after the activation function); ``tau`` and
-        ``target_update_interval`` then only concern an averaged actor. Of the features that the actor gets the mean is taken
-        off, and their norm is limited
+    :param batch_norm: normalise the inputs of the critics' layers by the statistics of the batch, and do without target
+        critics (CrossQ); ``tau`` and ``target_update_interval`` then only concern an averaged actor. Of the features that
+        the actor gets the mean is taken off, and their norm is limited
     :param pessimism: what Q is in the TD target, the candidates' weights and the choice among particles: from 0 for the mean
         of the critics to 1 for the least of them (clipped double Q-learning, the paper). ``"auto"`` is 0 until a transition
         into a terminal state (not one cut off by a time limit) was learned from, and then 1

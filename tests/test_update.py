@@ -511,16 +511,12 @@ def test_batch_norm_td_target_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     give_batch(model, monkeypatch, data)
     x = th.cat([th.cat([data.observations, data.actions], 1), th.cat([data.next_observations, next_actions], 1)])
     values = []
-
-    def normalised(x: th.Tensor) -> th.Tensor:
-        return (x - x.mean(0)) / (x.var(0, correction=0) + 1e-3).sqrt()
-
     for c in range(2):
-        hidden = normalised(x.double())
+        hidden = x.double()
         for layer in [model.critic.q_networks.first, *model.critic.q_networks.rest]:
             if isinstance(layer, EnsembleLinear):
-                hidden = hidden @ layer.weight[c].detach().double()
-                hidden = normalised(hidden) if layer.bias is None else hidden + layer.bias[c].detach().double()
+                hidden = (hidden - hidden.mean(0)) / (hidden.var(0, correction=0) + 1e-3).sqrt()
+                hidden = hidden @ layer.weight[c].detach().double() + layer.bias[c].detach().double()
             else:
                 hidden = layer(hidden)
         values.append(hidden.squeeze(1))
