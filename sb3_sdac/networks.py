@@ -116,9 +116,9 @@ def last_in_float32(layers: nn.Sequential, x: th.Tensor) -> th.Tensor:
 @contextmanager
 def denormals_flushed() -> Iterator[None]:
     """
-    Numbers below float32's smallest normal one, 1.2e-38, count as 0 on this thread. Processors take a hundred times as long
-    for them, and SiLU has such derivatives from inputs of -90 on: a few percent of them make a product of matrices take
-    tens of times as long.
+    Numbers below float32's smallest normal one, 1.2e-38, count as 0. Processors are slow with them, and SiLU has such
+    derivatives at inputs below -88: they made updates five times as long (benchmarks/trials.md, "The order of
+    normalisation and activation").
     """
     were_flushed = sys.float_info.min / 2 == 0
     th.set_flush_denormal(True)
