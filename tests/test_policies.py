@@ -523,14 +523,14 @@ def test_the_norm_of_the_features_is_limited(batch_norm: bool) -> None:
     """
     Training mode learns mean and variance, evaluation mode applies them and changes nothing.
 
-    Large features share what the norm leaves to them, one with a standard deviation of 1 keeps it; untrained, all pass as they
-    come.
+    A large feature has what the norm leaves to it, one with a standard deviation of 1 keeps it, a constant becomes 0;
+    untrained, all pass as they come.
     """
     actor = make_policy(batch_norm=batch_norm).actor
     first = actor.noise_predictor.first
     standard = th.randn(256, 3, generator=th.Generator().manual_seed(0))
     standard = (standard - standard.mean(dim=0)) / standard.std(dim=0)
-    obs = th.tensor([1.0, 50.0, 50.0]) * (standard + 5)
+    obs = th.tensor([0.0, 1.0, 50.0]) * standard + 5
 
     def by_hand(features: th.Tensor) -> th.Tensor:
         return features @ first.weight[:, :3].T + first.bias
@@ -542,8 +542,8 @@ def test_the_norm_of_the_features_is_limited(batch_norm: bool) -> None:
         actor.encode(obs)
     actor.set_training_mode(False)
     before = {name: value.clone() for name, value in actor.state_dict().items()}
-    size = ((MAX_FEATURE_NORM**2 - 1) / 2) ** 0.5
-    limited = th.tensor([1.0, size, size]) * standard
+    # The constant counts as a hundredth of the mean standard deviation, and hardly
+    limited = th.tensor([0.0, 1.0, (MAX_FEATURE_NORM**2 - 1) ** 0.5]) * standard
     th.testing.assert_close(actor.encode(obs), by_hand(limited if batch_norm else obs), atol=1e-2, rtol=1e-4)
     assert all(th.equal(value, before[name]) for name, value in actor.state_dict().items())
 
