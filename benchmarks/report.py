@@ -9,7 +9,8 @@ mean and the probability that SDAC beats each of the others (Agarwal et al. 2021
 precipice", with their library rliable). And ``<results>/<protocol>.png``: learning curves, against steps and wall-clock time.
 Bands are 95 % bootstrap intervals over seeds; with two seeds they say little, so every seed's score is in the table.
 
-A protocol with a ``reference`` is an ablation of that configuration: one line per configuration, with ratios to the reference.
+A protocol of one configuration has nothing to compare: scores alone. One with a ``reference`` is an ablation of that
+configuration: one line per configuration, with ratios to the reference.
 ``--into`` also puts the text between the lines ``<!-- <protocol>.md -->`` and ``<!-- end of <protocol>.md -->`` of a page.
 """
 
@@ -72,18 +73,18 @@ def markdown(table: pd.DataFrame, order: list[str]) -> str:
     :param order: configurations in the order of the protocol
     :return: one line per environment and configuration
     """
-    lines = [
-        "| environment | configuration | score, mean | of each seed | ratio to SAC | last | best | updates | minutes |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    ratio_column = ["ratio to SAC"] if "SAC" in order else []
+    columns = ["environment", "configuration", "score, mean", "of each seed", *ratio_column, "last", "best", "updates", "minutes"]
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     for env, runs in table.groupby("env"):
         means = runs.groupby("configuration")["score"].mean()
         for configuration in [name for name in order if name in means]:
             own = runs[runs["configuration"] == configuration].sort_values("seed")
-            ratio = f"{means[configuration] / means['SAC']:.2f}" if means.get("SAC", 0) > 0 else ""
-            seeds = ", ".join(f"{score:.0f}" for score in own["score"])
-            figures = [f"{own[column].mean():.0f}" for column in ("last", "best", "updates", "minutes")]
-            lines.append("| " + " | ".join([env, configuration, f"{means[configuration]:.0f}", seeds, ratio, *figures]) + " |")
+            cells = [env, configuration, f"{means[configuration]:.0f}", ", ".join(f"{score:.0f}" for score in own["score"])]
+            if ratio_column:
+                cells.append(f"{means[configuration] / means['SAC']:.2f}" if means.get("SAC", 0) > 0 else "")
+            cells += [f"{own[column].mean():.0f}" for column in ("last", "best", "updates", "minutes")]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -209,14 +210,18 @@ def main() -> None:
     rows = read_results(args.results / args.protocol.stem)
     order = list(protocol["configurations"])
     table = scores(rows, protocol["n_timesteps"], protocol["score_evaluations"])
+    n_last = protocol["score_evaluations"]
     text = (
-        f"Score: mean of the last {protocol['score_evaluations']} evaluations, {protocol['eval_episodes']} deterministic "
-        f"episodes each, after {protocol['n_timesteps']:,} environment steps. "
+        f"Score: {f'mean of the last {n_last} evaluations' if n_last > 1 else 'the last evaluation'}, "
+        f"{protocol['eval_episodes']} deterministic episodes{' each' if n_last > 1 else ''}, after {protocol['n_timesteps']:,} "
+        "environment steps. "
     )
     reference = protocol.get("reference")
     if reference is None:
         text += "Last and best: a single evaluation, mean over seeds. "
-        tables = "" if table.empty else markdown(table, order) + "\n" + aggregate(table, order)
+        tables = "" if table.empty else markdown(table, order)
+        if tables and len(order) > 1:
+            tables += "\n" + aggregate(table, order)
     else:
         text += f"In brackets that of each seed; ratio to {reference} on the same seeds, mean over the environments. "
         tables = "" if table.empty else ablation(table, order, reference)

@@ -125,11 +125,12 @@ def test_report_of_an_ablation_goes_into_a_page(tmp_path: Path) -> None:
     assert page.read_text() == "no place for it"
 
 
-def test_the_readme_shows_what_is_in_the_result_files(tmp_path: Path) -> None:
+@pytest.mark.parametrize("protocol", ["short", "long"])
+def test_the_readme_shows_what_is_in_the_result_files(tmp_path: Path, protocol: str) -> None:
     """Its command, on copies, changes nothing."""
-    results = shutil.copytree(ROOT / "benchmarks" / "results" / "short", tmp_path / "short").parent
+    results = shutil.copytree(ROOT / "benchmarks" / "results" / protocol, tmp_path / protocol).parent
     page = Path(shutil.copy(ROOT / "README.md", tmp_path))
-    command = "python benchmarks/report.py benchmarks/short.yml --into README.md"
+    command = f"python benchmarks/report.py benchmarks/{protocol}.yml --into README.md"
     assert f"`{command}`" in page.read_text()
     script, *args = command.removesuffix("README.md").split()[1:]
     process = subprocess.run(
@@ -141,7 +142,7 @@ def test_the_readme_shows_what_is_in_the_result_files(tmp_path: Path) -> None:
     )
     assert process.returncode == 0, process.stderr
     assert page.read_text() == (ROOT / "README.md").read_text()
-    assert (results / "short.md").read_text() == (ROOT / "benchmarks" / "results" / "short.md").read_text()
+    assert (results / f"{protocol}.md").read_text() == (ROOT / "benchmarks" / "results" / f"{protocol}.md").read_text()
 
 
 def test_a_failed_run_is_reported_and_tried_again(tmp_path: Path) -> None:
