@@ -74,7 +74,8 @@ def markdown(table: pd.DataFrame, order: list[str]) -> str:
     :return: one line per environment and configuration
     """
     ratio_column = ["ratio to SAC"] if "SAC" in order else []
-    columns = ["environment", "configuration", "score, mean", "of each seed", *ratio_column, "last", "best", "updates", "minutes"]
+    columns = ["environment", "configuration", "score, mean", "of each seed", *ratio_column]
+    columns += ["last", "best", "updates", "minutes"]
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     for env, runs in table.groupby("env"):
         means = runs.groupby("configuration")["score"].mean()
@@ -213,8 +214,8 @@ def main() -> None:
     n_last = protocol["score_evaluations"]
     text = (
         f"Score: {f'mean of the last {n_last} evaluations' if n_last > 1 else 'the last evaluation'}, "
-        f"{protocol['eval_episodes']} deterministic episodes{' each' if n_last > 1 else ''}, after {protocol['n_timesteps']:,} "
-        "environment steps. "
+        f"{protocol['eval_episodes']} deterministic episodes{' each' if n_last > 1 else ''}, after "
+        f"{protocol['n_timesteps']:,} environment steps. "
     )
     reference = protocol.get("reference")
     if reference is None:
