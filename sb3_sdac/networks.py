@@ -22,6 +22,8 @@ TIME_DIM = 16
 #: Largest norm of the actor's features around their mean, root mean square. A step of Adam changes what a layer gives in
 #: proportion to the norm of its inputs; by measurement: benchmarks/trials.md, "The actor's features"
 MAX_FEATURE_NORM = 20.0
+#: :class:`ValueBins`: up to where the bins are about evenly wide, and the standard deviation of a target in widths of a bin
+LINEAR_RANGE, TARGET_STD = 10.0, 0.75
 
 
 def _mish(x: th.Tensor) -> th.Tensor:
@@ -351,6 +353,67 @@ def _ensemble_linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Ten
     return th.baddbmm(bias, x, weight)
 
 
+class ValueBins(nn.Module):
+    """
+    Values as distributions over M fixed ones, learned by classification (HL-Gauss: Imani and White 2018, arXiv 1806.04613;
+    Farebrother et al. 2024, "Stop Regressing", arXiv 2403.03950).
+
+    The M values are evenly spaced in asinh(value / ``LINEAR_RANGE``): evenly around 0, in proportion to themselves far from
+    it, so that few serve all sizes of values.
+
+    :param n_bins: M, at least 2
+    :param max_value: largest of the M values; the least is its negative
+    """
+
+    support: th.Tensor
+
+    def __init__(self, n_bins: int, max_value: float):
+        super().__init__()
+        positions = math.asinh(max_value / LINEAR_RANGE) * th.linspace(-1, 1, n_bins, dtype=th.float64)
+        # Saved with the weights, whose meaning it is
+        self.register_buffer("support", (LINEAR_RANGE * positions.sinh()).float())
+
+    def mean(self, logits: th.Tensor) -> th.Tensor:
+        """
+        :param logits: shape (..., M)
+        :return: what the distributions are worth, shape (...)
+        """
+        return logits.softmax(dim=-1) @ self.support
+
+    def project(self, targets: th.Tensor) -> th.Tensor:
+        """
+        Normal distributions around the targets, as wide as the bins there, brought to the M values: what lies between two of
+        them is divided such that the mean stays (as in C51, Bellemare et al. 2017, arXiv 1707.06887).
+
+        With hat functions on the values, the weight of one is the difference between the means of the distribution function
+        over the intervals on its right and on its left.
+
+        :param targets: shape (...); beyond the M values they count as the outermost
+        :return: probabilities, shape (..., M)
+        """
+        max_value, widths = self.support[-1], self.support.diff()
+        targets = targets.clamp(-max_value, max_value).unsqueeze(-1)
+        # d value / d asinh(value / r) = hypot(value, r), times the step in asinh(value / r) is the width of a bin there
+        step = 2 * (max_value / LINEAR_RANGE).asinh() / len(widths)
+        std = TARGET_STD * step * (targets.square() + LINEAR_RANGE**2).sqrt()
+        # The integral of the distribution function up to x is max(x, 0) + std h(|x| / std), h(z) = phi(z) - z Phi(-z). The
+        # first part apart, since differences of large numbers that are nearly equal would lose digits
+        z = (self.support - targets).abs() / std
+        smoothing = std * ((-z.square() / 2).exp() / math.sqrt(2 * math.pi) - z * th.special.ndtr(-z))
+        means = ((self.support[1:] - targets) / widths).clamp(0, 1) + smoothing.diff(dim=-1) / widths
+        return th.cat([means[..., :1], means.diff(dim=-1), 1 - means[..., -1:]], dim=-1)
+
+    def loss(self, logits: th.Tensor, targets: th.Tensor) -> th.Tensor:
+        """
+        Cross-entropy of the distributions against those of :meth:`project`.
+
+        :param logits: shape (..., M)
+        :param targets: broadcastable to (...)
+        :return: shape (...)
+        """
+        return -(self.project(targets) * logits.log_softmax(dim=-1)).sum(dim=-1)
+
+
 class CriticEnsemble(nn.Module):
     """
     Q_1 .. Q_C (features, action): MLPs on the concatenation of features and action, evaluated together.
@@ -361,6 +424,8 @@ class CriticEnsemble(nn.Module):
     :param net_arch: widths of the hidden layers
     :param activation_fn: activation function
     :param batch_norm: normalise the inputs of every layer, as in CrossQ
+    :param n_bins: M, values in the distribution that each gives (:class:`ValueBins`), or 1 for the value itself
+    :param max_value: largest of the M values
     """
 
     def __init__(
@@ -371,16 +436,24 @@ class CriticEnsemble(nn.Module):
         net_arch: list[int],
         activation_fn: type[nn.Module],
         batch_norm: bool = False,
+        n_bins: int = 1,
+        max_value: float = 200.0,
     ):
         super().__init__()
         activation_fn = Mish if activation_fn is nn.Mish else activation_fn
-        widths = [features_dim + action_dim, *net_arch, 1]
+        widths = [features_dim + action_dim, *net_arch, n_bins]
         layers: list[nn.Module] = []
         for in_features, out_features in pairwise(widths):
             layers += [EnsembleLinear(n_critics, in_features, out_features, batch_norm), activation_fn()]
         self.first: EnsembleLinear = layers[0]  # type: ignore[assignment]
         self.rest = nn.Sequential(*layers[1:-1])  # no activation after the last layer
         self.features_dim = features_dim
+        self.bins = None if n_bins == 1 else ValueBins(n_bins, max_value)
+        if self.bins is not None:  # values begin near 0, like others; all bins alike would be worth much more or less
+            last: EnsembleLinear = layers[-2]  # type: ignore[assignment]
+            with th.no_grad():
+                last.weight.mul_(0.1)
+                last.bias.copy_(self.bins.project(th.zeros(())).clamp(min=1e-6).log())
 
     def encode(self, features: th.Tensor) -> th.Tensor:
         """
@@ -401,24 +474,51 @@ class CriticEnsemble(nn.Module):
         :param actions: shape (B, A) or (B, N, A)
         :return: shape (C, B) or (C, B, N)
         """
+        return self.values(self.outputs(encoded, actions))
+
+    def outputs(self, encoded: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        """
+        What the networks give for one or for N actions per observation.
+
+        :param encoded: from :meth:`encode`, shape (C, B, H)
+        :param actions: shape (B, A) or (B, N, A)
+        :return: shape (C, B, M) or (C, B, N, M): logits, or with M = 1 values
+        """
         n_critics, batch_size, width = encoded.shape
         weight = self.first.folded_weight(self.features_dim)
         # (B, N, A) -> (C, B * N, A) @ (C, A, H) -> (C, B * N, H) -> (C, B, N, H), plus (C, B, 1, H). Torch would lay out
         # a plain product the other way round when there is a gradient, and turn it afterwards
         hidden = actions.flatten(end_dim=-2).expand(n_critics, -1, -1).bmm(weight)
         hidden = hidden.view(n_critics, batch_size, -1, width) + encoded.to(hidden.dtype).unsqueeze(2)
-        # (C, B, N, H) -> (C, B * N, H) -> (C, B * N, 1) -> (C, B) or (C, B, N)
-        return last_in_float32(self.rest, hidden.flatten(1, 2)).view(n_critics, *actions.shape[:-1])
+        # (C, B, N, H) -> (C, B * N, H) -> (C, B * N, M) -> (C, B, M) or (C, B, N, M)
+        return last_in_float32(self.rest, hidden.flatten(1, 2)).view(n_critics, *actions.shape[:-1], -1)
 
     def normalise_batch(self, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
         """
-        Values with all layers normalised by the statistics of this batch, which move the running ones. For learning.
+        :meth:`outputs` with all layers normalised by the statistics of this batch, which move the running ones. For learning.
 
         :param features: shape (B, F)
         :param actions: shape (B, A)
-        :return: shape (C, B)
+        :return: shape (C, B, M)
         """
         x = th.cat([features, actions], dim=1).expand(len(self.first.weight), -1, -1)  # (B, F + A) -> (C, B, F + A)
         for layer in [self.first, *self.rest]:
             x = layer.normalise_batch(x) if isinstance(layer, EnsembleLinear) else layer(x)
-        return x.squeeze(-1)
+        return x
+
+    def values(self, outputs: th.Tensor) -> th.Tensor:
+        """
+        :param outputs: shape (..., M)
+        :return: shape (...)
+        """
+        return outputs.squeeze(-1) if self.bins is None else self.bins.mean(outputs)
+
+    def loss(self, outputs: th.Tensor, targets: th.Tensor) -> th.Tensor:
+        """
+        Squared error of the values, or cross-entropy of their distributions.
+
+        :param outputs: shape (..., M)
+        :param targets: broadcastable to (...)
+        :return: shape (...)
+        """
+        return (outputs.squeeze(-1) - targets).square() if self.bins is None else self.bins.loss(outputs, targets)

@@ -219,6 +219,8 @@ class Critic(BaseModel):
         n_critics: int,
         share_features_extractor: bool,
         batch_norm: bool,
+        n_bins: int,
+        max_value: float,
         pessimism: float | str,
     ):
         super().__init__(
@@ -230,12 +232,16 @@ class Critic(BaseModel):
         self.n_critics = n_critics
         self.share_features_extractor = share_features_extractor
         self.batch_norm = batch_norm
+        self.n_bins = n_bins
+        self.max_value = max_value
         self.pessimism = pessimism
         # 1 once a transition into a terminal state was learned from; set by the algorithm, and not in target critics, whose
         # values the critics combine
         self.register_buffer("terminates", th.zeros(()))
         action_dim = get_action_dim(action_space)
-        self.q_networks = CriticEnsemble(n_critics, features_dim, action_dim, net_arch, activation_fn, batch_norm)
+        self.q_networks = CriticEnsemble(
+            n_critics, features_dim, action_dim, net_arch, activation_fn, batch_norm, n_bins, max_value
+        )
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return _constructor_parameters(self, Critic)
@@ -254,15 +260,35 @@ class Critic(BaseModel):
         with th.set_grad_enabled(th.is_grad_enabled() and not self.share_features_extractor):
             return self.extract_features(obs, self.features_extractor)
 
-    def normalise_batch(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
+    def outputs(self, obs: PyTorchObs, actions: th.Tensor, normalise_batch: bool) -> th.Tensor:
         """
-        Every critic's value of one action per observation, normalised by the statistics of this batch (``batch_norm``).
+        What every critic's network gives for one action per observation, for :meth:`loss` and :meth:`values`.
 
         :param obs: observations
         :param actions: actions in [-1, 1], shape (B, A)
+        :param normalise_batch: normalise by the statistics of this batch, which move the running ones (``batch_norm``)
+        :return: shape (C, B, M)
+        """
+        if normalise_batch:
+            return self.q_networks.normalise_batch(self._extract(obs), actions)
+        return self.q_networks.outputs(self.encode(obs), actions)
+
+    def values(self, outputs: th.Tensor) -> th.Tensor:
+        """
+        :param outputs: from :meth:`outputs`, shape (C, B, M)
+        :return: every critic's values, shape (C, B)
+        """
+        return self.q_networks.values(outputs)
+
+    def loss(self, outputs: th.Tensor, targets: th.Tensor) -> th.Tensor:
+        """
+        Cross-entropy of the distributions over ``n_bins`` values, or squared error if that is 1.
+
+        :param outputs: from :meth:`outputs`, shape (C, B, M)
+        :param targets: shape (B,)
         :return: shape (C, B)
         """
-        return self.q_networks.normalise_batch(self._extract(obs), actions)
+        return self.q_networks.loss(outputs, targets)
 
     def q_values(self, encoded: th.Tensor, actions: th.Tensor) -> th.Tensor:
         """
@@ -340,6 +366,8 @@ class DiffusionPolicy(BasePolicy):
     :param average_actor: act with a moving average of the actor
     :param batch_norm: normalise the critics by batch statistics and have no target critics (CrossQ), and limit
         the norm of the features that the actor gets
+    :param n_bins: values in the distribution that each critic gives, or 1 for critics that give the value itself
+    :param max_value: largest value in these distributions, in scaled rewards; the least is its negative
     :param pessimism: what Q is, from 0 for the critics' mean to 1 for the least of them, or ``"auto"``
     """
 
@@ -374,6 +402,8 @@ class DiffusionPolicy(BasePolicy):
         scale_noise_by_ent_coef: bool = False,
         average_actor: bool = False,
         batch_norm: bool = True,
+        n_bins: int = 101,
+        max_value: float = 200.0,
         pessimism: float | str = "auto",
     ):
         super().__init__(
@@ -393,6 +423,8 @@ class DiffusionPolicy(BasePolicy):
                 raise ValueError(
                     f"{name} must hold integers of at least 1, got {n_critics if name == 'n_critics' else net_arch!r}"
                 )
+        if not isinstance(max_value, (int, float)) or not 0 < max_value < np.inf:
+            raise ValueError(f"max_value must be a positive number, got {max_value!r}")
         self.activation_fn = activation_fn
         self.n_critics = n_critics
         self.share_features_extractor = share_features_extractor
@@ -405,6 +437,8 @@ class DiffusionPolicy(BasePolicy):
         self.scale_noise_by_ent_coef = scale_noise_by_ent_coef
         self.average_actor = average_actor
         self.batch_norm = batch_norm
+        self.n_bins = n_bins
+        self.max_value = max_value
         self.pessimism = pessimism
 
         net_kwargs = {
@@ -430,6 +464,8 @@ class DiffusionPolicy(BasePolicy):
             "n_critics": n_critics,
             "share_features_extractor": share_features_extractor,
             "batch_norm": batch_norm,
+            "n_bins": n_bins,
+            "max_value": max_value,
             "pessimism": pessimism,
         }
         # The logarithm of the entropy coefficient (alpha or lambda in the paper), kept with the policy since acting may

@@ -47,6 +47,8 @@ TEMPERATURE_RATE = 0.05
 DEFAULT_N_STEPS = 2
 #: With ``reward_scale="auto"``: root mean square of the scaled replayed rewards, and the most that a single one may be
 REWARD_RMS, REWARD_MAX = 0.2, 2.0
+#: The least that 1 - gamma counts as where it says how large values can be
+MIN_DISCOUNTING = 1e-4
 #: Moving average of Q's mean and standard deviation in the mirror-descent loss (official DPMD)
 Q_STATISTICS_RATE = 1e-3
 #: The paper's temperature: start, learning rate and interval in updates (official SDAC)
@@ -85,6 +87,7 @@ PAPER_SDAC: dict[str, Any] = {
     "actor_lr_decay": (3e-5, 25_000, 75_000),
     "critic_steps": 1,
     "batch_norm": False,
+    "n_bins": 1,
     "pessimism": 1.0,
     "policy_kwargs": {"activation_fn": nn.Mish},
 }
@@ -163,6 +166,10 @@ class SDAC(OffPolicyAlgorithm):
     :param batch_norm: normalise the inputs of the critics' layers by the statistics of the batch, and do without target
         critics (CrossQ); ``tau`` and ``target_update_interval`` then only concern an averaged actor. Of the features that
         the actor gets the mean is taken off, and their norm is limited
+    :param n_bins: the critics give distributions over this many values and learn by cross-entropy
+        (:class:`~sb3_sdac.networks.ValueBins`). An odd number, so that 0 is among them; 1 for critics that give the value
+        itself and learn by squared error (the paper). The largest, in scaled rewards, is 2 / (1 - gamma), which values never
+        exceed with ``reward_scale="auto"``; ``policy_kwargs=dict(max_value=...)`` sets another
     :param pessimism: what Q is in the TD target, the candidates' weights and the choice among particles: from 0 for the mean
         of the critics to 1 for the least of them (clipped double Q-learning, the paper). ``"auto"`` is 0 until a transition
         into a terminal state (not one cut off by a time limit) was learned from, and then 1
@@ -235,6 +242,7 @@ class SDAC(OffPolicyAlgorithm):
         actor_lr_decay: tuple[float, int, int] | None = None,
         critic_steps: int = 1,
         batch_norm: bool = True,
+        n_bins: int = 101,
         pessimism: float | str = "auto",
         mixed_precision: bool | str = "auto",
         compile: bool = False,
@@ -301,6 +309,7 @@ class SDAC(OffPolicyAlgorithm):
         self.actor_lr_decay = actor_lr_decay
         self.critic_steps = critic_steps
         self.batch_norm = batch_norm
+        self.n_bins = n_bins
         self.pessimism = pessimism
         self.mixed_precision = mixed_precision
         self.compile = compile
@@ -318,7 +327,9 @@ class SDAC(OffPolicyAlgorithm):
         # What the policy must know to act travels in its keyword arguments; those that the user gave are kept apart, as
         # `load` compares them
         policy_kwargs, buffer_size = self.policy_kwargs, self.buffer_size
-        self.policy_kwargs = {**policy_kwargs, **self._diffusion_kwargs()}
+        # The largest value that there can be, with "auto" for the scale of the rewards
+        max_value = REWARD_MAX / max(1 - self.gamma, MIN_DISCOUNTING)
+        self.policy_kwargs = {"max_value": max_value, **policy_kwargs, **self._diffusion_kwargs()}
         acting_only = self.env is None and self.replay_buffer is None  # loaded without an environment: see set_env
         automatic_buffer = self.replay_buffer_class is None
         on_device = (
@@ -383,7 +394,7 @@ class SDAC(OffPolicyAlgorithm):
 
     def _diffusion_kwargs(self) -> dict[str, Any]:
         names = ["n_diffusion_steps", "n_sampling_steps", "eta", "init_noise_scale", "beta_schedule", "n_particles"]
-        names += ["exploration_noise", "scale_noise_by_ent_coef", "average_actor", "batch_norm", "pessimism"]
+        names += ["exploration_noise", "scale_noise_by_ent_coef", "average_actor", "batch_norm", "n_bins", "pessimism"]
         return {name: getattr(self, name) for name in names}
 
     def _setup_compilation(self) -> None:
@@ -495,18 +506,21 @@ class SDAC(OffPolicyAlgorithm):
             actions = next_actions = self._sample_actions(encoded_actor, encoded_critic)  # (B, A)
 
         # TD target: without an entropy term, as in the authors' code
-        current_q_values, next_q_values = self._q_values(replay_data, next_actions)  # (C, B), (C, B)
+        outputs, next_q_values = self._critic_outputs(replay_data, next_actions)  # (C, B, M), (C, B)
         next_q_values = self.critic.pessimistic(next_q_values).unsqueeze(1)  # (C, B) -> (B, 1)
         reward_scale = self._track_reward_scale(replay_data.rewards)
         target_q_values = reward_scale * replay_data.rewards + (1 - replay_data.dones) * discounts * next_q_values
 
-        # Critic loss: the squared TD error of each critic
-        critic_loss = (current_q_values - target_q_values.squeeze(1)).square().mean(dim=1).sum()
-        metrics = {"critic_loss": critic_loss, "q_value": current_q_values.mean()}
+        # Critic loss: each critic against the TD target
+        critic_loss = self.critic.loss(outputs, target_q_values.squeeze(1)).mean(dim=1).sum()
+        metrics = {"critic_loss": critic_loss, "q_value": self.critic.values(outputs.detach()).mean()}
         if isinstance(reward_scale, th.Tensor):
             metrics["reward_scale"] = reward_scale
         if self.pessimism == "auto":
             metrics["pessimism"] = self.critic.terminates
+        bins = self.critic.q_networks.bins
+        if bins is not None:
+            metrics["targets_out_of_range"] = (target_q_values.abs() > bins.support[-1]).float().mean()
         self.critic.optimizer.zero_grad()
         critic_loss.backward()
         for _ in range(self.critic_steps - 1):
@@ -548,30 +562,39 @@ class SDAC(OffPolicyAlgorithm):
 
     def dump_logs(self) -> None:
         """Write the log, with the means of the training metrics since the last one."""
-        for name, (total, count) in self._metrics.items():
-            self.logger.record(f"train/{name}", float(total) / count)
+        means = {name: float(total) / count for name, (total, count) in self._metrics.items()}
+        for name, mean in means.items():
+            self.logger.record(f"train/{name}", mean)
         self._metrics = {}
+        bins = self.critic.q_networks.bins
+        if bins is not None and means.get("targets_out_of_range", 0) > 0:
+            warnings.warn(
+                f"{means['targets_out_of_range']:.1%} of the TD targets since the last log lie beyond "
+                f"{bins.support[-1]:g} in size, the largest value that the critics can give, and count as that: use "
+                f"reward_scale='auto', a smaller one than {self.reward_scale}, policy_kwargs=dict(max_value=...) or n_bins=1",
+                stacklevel=2,
+            )
         super().dump_logs()
 
-    def _q_values(self, replay_data: ReplayBufferSamples, next_actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+    def _critic_outputs(self, replay_data: ReplayBufferSamples, next_actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
-        The critics' values of the transitions and, without gradient, those that the TD target is made from.
+        What the critics say of the transitions and, without gradient, the values that the TD target is made from.
 
         :param replay_data: B transitions
         :param next_actions: the policy's actions at the next observations, shape (B, A)
-        :return: two tensors of shape (C, B)
+        :return: outputs of the critics, shape (C, B, M), and values, shape (C, B)
         """
         if self.critic_target is None:
             # Both in one batch, so that both are normalised alike; then no target network is needed (Bhatt et al. 2024,
             # "CrossQ", arXiv 1902.05605)
             obs = _concatenate(replay_data.observations, replay_data.next_observations)
-            q_values = self.critic.normalise_batch(obs, th.cat([replay_data.actions, next_actions]))  # (C, 2 B)
-            q_values, next_q_values = q_values.chunk(2, dim=1)
-            return q_values, next_q_values.detach()
+            outputs = self.critic.outputs(obs, th.cat([replay_data.actions, next_actions]), normalise_batch=True)
+            outputs, next_outputs = outputs.chunk(2, dim=1)  # (C, 2 B, M) -> (C, B, M), (C, B, M)
+            return outputs, self.critic.values(next_outputs.detach())
         with th.no_grad():
             encoded_target = self.critic_target.encode(replay_data.next_observations)
             next_q_values = self.critic_target.q_values(encoded_target, next_actions)
-        return self.critic.q_values(self.critic.encode(replay_data.observations), replay_data.actions), next_q_values
+        return self.critic.outputs(replay_data.observations, replay_data.actions, normalise_batch=False), next_q_values
 
     def _sample_actions(self, encoded_actor: th.Tensor, encoded_critic: th.Tensor) -> th.Tensor:
         """
@@ -938,6 +961,7 @@ class SDAC(OffPolicyAlgorithm):
         counts = ["n_diffusion_steps", "n_sampling_steps", "n_particles", "policy_delay", "target_update_interval"]
         counts += ["critic_steps", "batch_size", "buffer_size"]
         self._check(is_count, "an integer of at least 1", *counts)
+        self._check(lambda value: is_count(value) and value % 2 == 1, "an odd integer of at least 1", "n_bins")
         allowed = "an integer of at least 1, or None"
         self._check(lambda value: value is None or is_count(value), allowed, "n_target_particles", "n_steps")
         # Python's integers where SB3 wants them

@@ -95,7 +95,7 @@ def td_targets(
 
 def model_of_counting(length: int, terminates: bool, **kwargs: Any) -> SDAC:
     kwargs = {"batch_norm": False, "gamma": 0.9, "reward_scale": 0.5, "gradient_steps": 0, "learning_starts": 0, **kwargs}
-    kwargs = {"n_steps": 1, **kwargs}
+    kwargs = {"n_steps": 1, "n_bins": 1, **kwargs}
     model = make_model(CountingEnv(length, terminates), policy_kwargs={"n_critics": 1}, **kwargs)
     return model.learn(12)
 

@@ -79,7 +79,7 @@ def with_learned_values(model: SDAC) -> None:
         a = 2 * th.rand(B, ACTION_DIM, generator=generator) - 1
         q = 100 + (s @ v).tanh().squeeze(1) - (a - (s @ w).tanh()).square().sum(dim=1)
         optimizer.zero_grad()
-        (model.critic.q_values(model.critic.encode(s), a) - q).square().mean().backward()
+        model.critic.loss(model.critic.outputs(s, a, normalise_batch=model.batch_norm), q).mean().backward()
         optimizer.step()
 
 
@@ -111,10 +111,14 @@ def test_actions_of_large_features() -> None:
     assert differences.flatten().quantile(0.99) < model.exploration_noise
 
 
-@pytest.mark.parametrize("prepare", [None, with_a_high_level, with_learned_values], ids=["fresh", "level", "learned"])
-def test_actions_with_a_choice(prepare: Callable[[SDAC], None] | None) -> None:
+@pytest.mark.parametrize(
+    "prepare, n_bins",
+    [(None, 1), (with_a_high_level, 1), (with_learned_values, 1), (with_learned_values, 101)],
+    ids=["fresh", "level", "learned", "distributions"],
+)
+def test_actions_with_a_choice(prepare: Callable[[SDAC], None] | None, n_bins: int) -> None:
     """Where the critics choose another particle, they do so among equals: hardly any value is lost by it."""
-    model = make_model(n_target_particles=4)
+    model = make_model(n_target_particles=4, n_bins=n_bins)
     if prepare is not None:
         prepare(model)
     actions, mixed = in_both(model, lambda: sample_actions(model))
@@ -198,13 +202,13 @@ def test_only_sampling_is_touched(kwargs: dict[str, Any], mixed_precision: bool,
     spy(model.actor.noise_predictor, "forward")  # under the name "learning" when it predicts the noise for the loss
     spy(model.policy, "best_of")
     for part, name in (
-        *[(model, "_q_values"), (model, "_q_values_and_gradients"), (model.critic, "encode"), (model.actor, "encode")],
+        *[(model, "_critic_outputs"), (model, "_q_values_and_gradients"), (model.critic, "encode"), (model.actor, "encode")],
         *[(sm, "softmax_weights"), (sm, "denoising_loss"), (model.actor.diffusion, "q_sample"), (model.policy, "explore")],
     ):
         spy(part, name)
     model.train(4)
     assert autocast.pop("forward") == autocast.pop("best_of") == {mixed_precision}
-    assert {"learning", "_q_values", "encode", "denoising_loss"} <= autocast.keys()
+    assert {"learning", "_critic_outputs", "encode", "denoising_loss"} <= autocast.keys()
     assert all(states == {False} for states in autocast.values()), autocast
     for net in (model.actor, model.critic):
         for parameter in net.parameters():

@@ -148,21 +148,21 @@ def test_td_target_and_critic_losses(model: SDAC, monkeypatch: pytest.MonkeyPatc
     assert next_actions.abs().max() > 1  # as the authors', not clipped
 
     draws.queue = [x_T / model.init_noise_scale, step_noise, array("critic/exploration_noise")]
-    targets = []
-    original = model.critic.q_values
+    outputs = []
+    original = model.critic.outputs
 
-    def record(encoded: th.Tensor, actions: th.Tensor) -> th.Tensor:
-        targets.append(original(encoded, actions))
-        return targets[-1]
+    def record(*args: Any, **kwargs: Any) -> th.Tensor:
+        outputs.append(original(*args, **kwargs))
+        return outputs[-1]
 
     monkeypatch.setattr(model.replay_buffer, "sample", lambda *args, **kwargs: replay_data())
-    monkeypatch.setattr(model.critic, "q_values", record)
+    monkeypatch.setattr(model.critic, "outputs", record)
     model._n_updates = 1  # neither actor nor temperature nor targets are stepped on this one
     model.train(1)
     losses = float(ARRAYS["critic/q1_loss"]) + float(ARRAYS["critic/q2_loss"])
     assert logged(model)["critic_loss"] == pytest.approx(losses, rel=2e-5)
     # The same from the reference's own target: mean squared distance of each critic to it
-    current_q = targets[-1]
+    (current_q,) = (model.critic.values(each) for each in outputs)
     for index, name in enumerate(["critic/q1_loss", "critic/q2_loss"]):
         assert_matches((current_q[index] - array("critic/target_q")).square().mean().detach(), name)
 

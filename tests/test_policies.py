@@ -120,7 +120,7 @@ def test_predict_in_a_vec_env() -> None:
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("n_particles", [1, 4])
 def test_deterministic_depends_on_the_observation_alone(eta: float, n_particles: int) -> None:
-    policy = make_policy(eta=eta, n_particles=n_particles, beta_schedule="linear")
+    policy = make_policy(eta=eta, n_particles=n_particles, beta_schedule="linear", init_noise_scale=0.1)
     obs = observations(33)
     batch, _ = policy.predict(obs, deterministic=True)
     again, _ = policy.predict(obs, deterministic=True)
@@ -318,6 +318,8 @@ OTHER_THAN_DEFAULT: dict[str, Any] = {
     "scale_noise_by_ent_coef": True,
     "average_actor": True,
     "batch_norm": False,
+    "n_bins": 11,
+    "max_value": 30.0,
     "pessimism": 0.25,
 }
 
@@ -385,13 +387,13 @@ def widths(module: nn.Module) -> list[int]:
 @pytest.mark.parametrize(
     "net_arch, actor, critic",
     [
-        ({"pi": [16, 8], "qf": [12]}, [16, 8, 2], [12, 1]),
-        ([6, 5], [6, 5, 2], [6, 5, 1]),
-        (None, [256] * 3 + [2], [256] * 3 + [1]),
+        ({"pi": [16, 8], "qf": [12]}, [16, 8, 2], [12, 7]),
+        ([6, 5], [6, 5, 2], [6, 5, 7]),
+        (None, [256] * 3 + [2], [256] * 3 + [7]),
     ],
 )
 def test_net_arch(net_arch: Any, actor: list[int], critic: list[int]) -> None:
-    policy = make_policy(net_arch=net_arch, batch_norm=False)
+    policy = make_policy(net_arch=net_arch, batch_norm=False, n_bins=7)
     assert policy.critic_target is not None
     assert widths(policy.actor) == actor
     assert widths(policy.critic) == widths(policy.critic_target) == critic

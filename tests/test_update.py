@@ -17,7 +17,7 @@ from torch import nn
 
 from sb3_sdac import PAPER_DPMD, PAPER_SDAC, SDAC
 from sb3_sdac import score_matching as sm
-from sb3_sdac.networks import EnsembleLinear, NormLimit, limiting_scale
+from sb3_sdac.networks import EnsembleLinear, NormLimit, ValueBins, limiting_scale
 from sb3_sdac.sdac import _concatenate
 
 B = 8
@@ -33,7 +33,8 @@ def make_model(**kwargs: Any) -> SDAC:
         "buffer_size": 100,
         "seed": 0,
         "mixed_precision": False,
-        "batch_norm": False,  # with it: the tests at the end of this file
+        "batch_norm": False,  # with it, and with distributions over values: the tests at the end of this file
+        "n_bins": 1,
         "policy_delay": 2,
         "policy_kwargs": {"net_arch": [16]},
     }
@@ -530,9 +531,9 @@ def test_batch_norm_td_target_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_batch_norm_has_no_gradient_through_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(batch_norm=True)
     data = batch()
-    q_values, next_q_values = model._q_values(data, data.actions)
-    assert q_values.requires_grad and not next_q_values.requires_grad
-    assert q_values.shape == next_q_values.shape == (2, B)
+    outputs, next_q_values = model._critic_outputs(data, data.actions)
+    assert outputs.requires_grad and not next_q_values.requires_grad
+    assert outputs.shape == (2, B, 1) and next_q_values.shape == (2, B)
 
 
 def test_running_statistics_approach_those_of_the_batch() -> None:
@@ -542,7 +543,7 @@ def test_running_statistics_approach_those_of_the_batch() -> None:
     with th.no_grad():
         before = critic.q_values(critic.encode(obs), actions)
         for _ in range(1000):
-            values = critic.normalise_batch(obs, actions)
+            values = critic.values(critic.outputs(obs, actions, normalise_batch=True))
         after = critic.q_values(critic.encode(obs), actions)
     assert (before - values).abs().max() > 0.1
     th.testing.assert_close(after, values, rtol=1e-3, atol=2e-3)
@@ -648,7 +649,114 @@ def test_few_rows_are_normalised_like_many() -> None:
     obs, actions = 3 * th.randn(64, 3) + 1, 2 * th.rand(64, 1) - 1
     with th.no_grad():
         for _ in range(50):
-            critic.normalise_batch(obs, actions)
+            critic.outputs(obs, actions, normalise_batch=True)
         many = critic.q_values(critic.encode(obs), actions)
         few = th.cat([critic.q_values(critic.encode(obs[i : i + 2]), actions[i : i + 2]) for i in range(0, 64, 2)], dim=1)
     th.testing.assert_close(few, many, rtol=1e-4, atol=1e-5)
+
+
+# Critics that give distributions over values (HL-Gauss)
+
+
+@pytest.mark.parametrize("n_bins", [11, 101])
+def test_targets_keep_their_mean(n_bins: int) -> None:
+    """Also in batches, as long as the tails of the target's distribution lie between the outermost values."""
+    bins = ValueBins(n_bins, 200.0)
+    assert (bins.support[0], bins.support[n_bins // 2], bins.support[-1]) == pytest.approx((-200, 0, 200))
+    targets = th.tensor([[0.0, 1e-3, -1.3], [8.0, 17.3, -44.4]])
+    probabilities = bins.project(targets)
+    assert probabilities.shape == (2, 3, n_bins) and probabilities.min() > -1e-6
+    th.testing.assert_close(probabilities.sum(dim=-1), th.ones(2, 3))
+    if n_bins == 101:
+        th.testing.assert_close(bins.mean(probabilities.clamp(min=1e-30).log()), targets, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", [0.0, 0.3, -15.2, 120.0])
+def test_projection_by_numerical_integration(target: float) -> None:
+    """The weight of a value is the mean of its hat function over a normal distribution of 0.75 local widths."""
+    bins = ValueBins(101, 200.0)
+    support = bins.support.double().numpy()
+    width = (np.arcsinh(20) / 50) * np.hypot(target, 10)  # of a bin there: d value / d asinh(value / 10) = hypot(value, 10)
+    grid = target + 0.75 * width * np.linspace(-8, 8, 200_001)
+    density = np.exp(-0.5 * ((grid - target) / (0.75 * width)) ** 2)
+    density /= density.sum()
+    expected = [density @ np.interp(grid, support, np.eye(101)[i]) for i in range(101)]
+    np.testing.assert_allclose(bins.project(th.tensor(target)), expected, atol=1e-5)
+
+
+def test_targets_out_of_range_count_as_the_largest_value() -> None:
+    bins = ValueBins(101, 200.0)
+    th.testing.assert_close(bins.project(th.tensor([1e4, -1e4])), bins.project(th.tensor([200.0, -200.0])), rtol=0, atol=0)
+    assert bins.mean(bins.project(th.tensor(1e4)).clamp(min=1e-30).log()) == pytest.approx(200, rel=0.03)
+
+
+def test_cross_entropy_learns_the_mean_of_the_targets() -> None:
+    """One distribution for many targets is worth their mean, as with squared errors."""
+    bins = ValueBins(101, 200.0)
+    targets = th.tensor([3.0, 4.0, 4.5, 20.0])
+    logits = th.zeros(101, requires_grad=True)
+    optimizer = th.optim.Adam([logits], lr=0.1)
+    for _ in range(2000):
+        optimizer.zero_grad()
+        bins.loss(logits, targets).mean().backward()
+        optimizer.step()
+    assert bins.mean(logits).item() == pytest.approx(targets.mean().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_critic_loss_of_distributions_by_hand(monkeypatch: pytest.MonkeyPatch, batch_norm: bool) -> None:
+    """Cross-entropy against the TD target, made from the values of the next distributions."""
+    model = make_model(batch_norm=batch_norm, n_bins=21, gamma=0.9, reward_scale=0.5, pessimism=1.0)
+    data = batch()
+    next_actions = th.linspace(-1, 1, B).unsqueeze(1)
+    monkeypatch.setattr(model, "_sample_actions", lambda *args: next_actions)
+    give_batch(model, monkeypatch, data)
+    outputs, next_q_values = (x.detach() for x in model._critic_outputs(data, next_actions))
+    assert outputs.shape == (2, B, 21) and next_q_values.shape == (2, B)
+    support = 10 * np.sinh(np.arcsinh(2) * np.linspace(-1, 1, 21))  # up to 20 = 2 / (1 - gamma)
+    if not batch_norm:
+        assert model.critic_target is not None
+        logits = model.critic_target.outputs(data.next_observations, next_actions, normalise_batch=False).detach()
+        by_hand = logits.double().softmax(-1).numpy() @ support
+        np.testing.assert_allclose(next_q_values, by_hand, rtol=1e-4, atol=1e-5)
+    target = 0.5 * data.rewards.squeeze(1) + (1 - data.dones.squeeze(1)) * 0.9 * next_q_values.amin(dim=0)
+    bins = ValueBins(21, 20.0)
+    loss = -(bins.project(target) * outputs.log_softmax(-1)).sum(-1).mean(1).sum()
+    model.train(1)
+    metrics = logged(model)
+    assert metrics["critic_loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert metrics["q_value"] == pytest.approx((outputs.double().softmax(-1).numpy() @ support).mean(), rel=1e-3, abs=1e-5)
+    assert metrics["targets_out_of_range"] == 0
+
+
+@pytest.mark.parametrize("kwargs, largest", [({"gamma": 0.95}, 40), ({"gamma": 1.0}, 2e4), ({"max_value": 7.0}, 7)])
+def test_largest_value(kwargs: dict[str, float], largest: float, tmp_path: Path) -> None:
+    """From the discount factor unless given; weights that were learned with it keep it."""
+    policy_kwargs = {"net_arch": [16], **{name: kwargs[name] for name in kwargs if name == "max_value"}}
+    model = make_model(n_bins=21, gamma=kwargs.get("gamma", 0.99), policy_kwargs=policy_kwargs)
+    model.save(tmp_path / "model.zip")
+    for each in (model, SDAC.load(tmp_path / "model.zip"), SDAC.load(tmp_path / "model.zip", gamma=0.9)):
+        assert each.critic.q_networks.bins is not None
+        assert each.critic.q_networks.bins.support[[0, -1]].tolist() == pytest.approx([-largest, largest])
+
+
+def test_values_begin_near_zero() -> None:
+    critic = make_model(n_bins=101).critic
+    values = critic.q_values(critic.encode(th.randn(50, 3)), 2 * th.rand(50, 1) - 1)
+    assert 0 < values.abs().max() < 0.5
+
+
+def test_targets_out_of_range_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With rewards that make larger values than the distributions reach; not with plain values."""
+    data = batch()
+    for n_bins, expected in ((101, 1 / B), (1, None)):
+        model = make_model(n_bins=n_bins, reward_scale=1.0)
+        rewards = data.rewards.clone()
+        rewards[1] = -1000.0
+        give_batch(model, monkeypatch, data._replace(rewards=rewards))
+        model.train(1)
+        if expected is None:
+            assert "targets_out_of_range" not in logged(model)
+        else:
+            with pytest.warns(UserWarning, match="12.5% of the TD targets .* beyond 200 in size.*reward_scale"):
+                assert logged(model)["targets_out_of_range"] == expected
