@@ -658,17 +658,15 @@ def test_few_rows_are_normalised_like_many() -> None:
 # Critics that give distributions over values (HL-Gauss)
 
 
-@pytest.mark.parametrize("n_bins", [11, 101])
-def test_targets_keep_their_mean(n_bins: int) -> None:
+def test_targets_keep_their_mean() -> None:
     """Also in batches, as long as the tails of the target's distribution lie between the outermost values."""
-    bins = ValueBins(n_bins, 200.0)
-    assert (bins.support[0], bins.support[n_bins // 2], bins.support[-1]) == pytest.approx((-200, 0, 200))
+    bins = ValueBins(101, 200.0)
+    assert (bins.support[0], bins.support[50], bins.support[-1]) == pytest.approx((-200, 0, 200))
     targets = th.tensor([[0.0, 1e-3, -1.3], [8.0, 17.3, -44.4]])
     probabilities = bins.project(targets)
-    assert probabilities.shape == (2, 3, n_bins) and probabilities.min() > -1e-6
+    assert probabilities.shape == (2, 3, 101) and probabilities.min() > -1e-6
     th.testing.assert_close(probabilities.sum(dim=-1), th.ones(2, 3))
-    if n_bins == 101:
-        th.testing.assert_close(bins.mean(probabilities.clamp(min=1e-30).log()), targets, rtol=1e-5, atol=1e-5)
+    th.testing.assert_close(bins.mean(probabilities.clamp(min=1e-30).log()), targets, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("target", [0.0, 0.3, -15.2, 120.0])
