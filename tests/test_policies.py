@@ -120,6 +120,7 @@ def test_predict_in_a_vec_env() -> None:
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("n_particles", [1, 4])
 def test_deterministic_depends_on_the_observation_alone(eta: float, n_particles: int) -> None:
+    # From a larger x_T the actions of a fresh policy lie at a face of the box, whatever the observation
     policy = make_policy(eta=eta, n_particles=n_particles, beta_schedule="linear", init_noise_scale=0.1)
     obs = observations(33)
     batch, _ = policy.predict(obs, deterministic=True)
