@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
@@ -18,7 +19,7 @@ from torch import nn
 from sb3_sdac import PAPER_DPMD, PAPER_SDAC, SDAC
 from sb3_sdac import score_matching as sm
 from sb3_sdac.networks import EnsembleLinear, NormLimit, ValueBins, limiting_scale
-from sb3_sdac.sdac import _concatenate
+from sb3_sdac.sdac import TEMPERATURE_RATE, _concatenate
 
 B = 8
 
@@ -301,6 +302,37 @@ def test_unit_of_the_rewards_does_not_matter(monkeypatch: pytest.MonkeyPatch, ba
 
     assert models[1].ent_coef_tensor.item() == pytest.approx(100 * models[0].ent_coef_tensor.item(), rel=1e-3)
     assert distance(models[0], models[1]) < 1e-3 < 1e-2 < distance(models[2], models[3])
+
+
+def test_unit_of_the_rewards_enters_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    Rewards times 128, the defaults, a real environment: the same weights, bit by bit, so only rounding tells units apart.
+
+    A power of two changes no digit of a floating-point number. One thing is replaced, the logarithm in which the temperature
+    is kept, which does round: here the temperature is moved by the same rule as a number.
+    """
+
+    def set_temperature(model: SDAC, q_values: th.Tensor) -> None:
+        solution = sm.solve_temperature(q_values, model.target_ess * model.n_reverse_samples) / model.reward_scale_tensor
+        old = temperatures.get(model, solution)
+        temperatures[model] = old * (solution / old) ** TEMPERATURE_RATE
+
+    temperatures: dict[SDAC, th.Tensor] = {}
+    monkeypatch.setattr(SDAC, "_set_temperature", set_temperature)
+    monkeypatch.setattr(SDAC, "ent_coef_tensor", property(lambda model: temperatures[model]))
+    models = []
+    for factor in (1, 128):
+        env = gym.wrappers.TransformReward(gym.make("Pendulum-v1"), lambda reward, factor=factor: factor * reward)
+        model = SDAC("MlpPolicy", env, learning_starts=50, policy_kwargs={"net_arch": [32, 32]}, seed=0, device="cpu")
+        start = snapshot(model.policy)
+        model.learn(350)
+        assert model._n_updates == 300
+        assert changed(start, model.policy)
+        models.append(model)
+    one, many = models
+    assert all(th.equal(a, b) for a, b in zip(snapshot(one.policy), snapshot(many.policy), strict=True))
+    assert temperatures[many] == 128 * temperatures[one]
+    assert many.reward_scale_tensor == one.reward_scale_tensor / 128
 
 
 def test_scaled_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
