@@ -1,6 +1,8 @@
 """One update on a batch made by hand: targets, losses, who learns from what, delays and the temperature."""
 
+import functools
 import math
+import operator
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -322,7 +324,7 @@ def test_unit_of_the_rewards_enters_nowhere(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(SDAC, "ent_coef_tensor", property(lambda model: temperatures[model]))
     models = []
     for factor in (1, 128):
-        env = gym.wrappers.TransformReward(gym.make("Pendulum-v1"), lambda reward, factor=factor: factor * reward)
+        env = gym.wrappers.TransformReward(gym.make("Pendulum-v1"), functools.partial(operator.mul, factor))
         model = SDAC("MlpPolicy", env, learning_starts=50, policy_kwargs={"net_arch": [32, 32]}, seed=0, device="cpu")
         start = snapshot(model.policy)
         model.learn(350)
