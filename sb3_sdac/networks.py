@@ -7,7 +7,7 @@ all particles, candidates and denoising steps; the result is that of one linear 
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -95,7 +95,7 @@ def sinusoidal_embedding(n_diffusion_steps: int, dim: int = TIME_DIM, theta: flo
     return (th.cat([angles.sin(), angles.cos()], dim=-1) / math.sqrt(dim)).float()
 
 
-def last_in_float32(layers: nn.Sequential, x: th.Tensor) -> th.Tensor:
+def last_in_float32(layers: Iterable[Callable[[th.Tensor], th.Tensor]], x: th.Tensor) -> th.Tensor:
     """
     Apply the layers, the last one in float32 also under autocast: it is small, and its output is what the
     precision of hidden units averages out in. The critics' values, for one, lie close together.
@@ -104,6 +104,7 @@ def last_in_float32(layers: nn.Sequential, x: th.Tensor) -> th.Tensor:
     :param x: input
     :return: output, float32
     """
+    layers = list(layers)
     if not layers:  # net_arch=[]: the first layer was the only one
         return x.float()
     *hidden, last = layers
@@ -502,9 +503,8 @@ class CriticEnsemble(nn.Module):
         :return: shape (C, B, M)
         """
         x = th.cat([features, actions], dim=1).expand(len(self.first.weight), -1, -1)  # (B, F + A) -> (C, B, F + A)
-        for layer in [self.first, *self.rest]:
-            x = layer.normalise_batch(x) if isinstance(layer, EnsembleLinear) else layer(x)
-        return x
+        layers = [self.first, *self.rest]
+        return last_in_float32([layer.normalise_batch if isinstance(layer, EnsembleLinear) else layer for layer in layers], x)
 
     def values(self, outputs: th.Tensor) -> th.Tensor:
         """

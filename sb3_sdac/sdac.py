@@ -173,8 +173,9 @@ class SDAC(OffPolicyAlgorithm):
     :param pessimism: what Q is in the TD target, the candidates' weights and the choice among particles: from 0 for the mean
         of the critics to 1 for the least of them (clipped double Q-learning, the paper). ``"auto"`` is 0 until a transition
         into a terminal state (not one cut off by a time limit) was learned from, and then 1
-    :param mixed_precision: draw the update's actions in bfloat16, under ``torch.autocast``; ``"auto"`` where the processor has
-        such instructions (CPUs with AVX512-BF16 or AMX, CUDA devices). Acting, Q-values and all that is learned stay float32
+    :param mixed_precision: draw the update's actions in bfloat16, under ``torch.autocast``, and with ``batch_norm`` compute the
+        critics' hidden layers in it where they learn; ``"auto"`` where the processor has such instructions (CPUs with
+        AVX512-BF16 or AMX, CUDA devices). Acting, what the critics give, losses, weights and optimizers stay float32
     :param compile: compile the denoising step of the updates with ``torch.compile`` (half a minute the first time; needs a C++
         compiler, on CUDA Triton), and on CUDA replay whole updates as CUDA graphs. On a CPU it pays with many particles, as in
         the paper's configuration, and not with the defaults. Acting is never compiled, nor is anything in a saved model
@@ -588,7 +589,9 @@ class SDAC(OffPolicyAlgorithm):
             # Both in one batch, so that both are normalised alike; then no target network is needed (Bhatt et al. 2024,
             # "CrossQ", arXiv 1902.05605)
             obs = _concatenate(replay_data.observations, replay_data.next_observations)
-            outputs = self.critic.outputs(obs, th.cat([replay_data.actions, next_actions]), normalise_batch=True)
+            actions = th.cat([replay_data.actions, next_actions])
+            with th.autocast(self.device.type, dtype=th.bfloat16, enabled=self._mixed_precision):
+                outputs = self.critic.outputs(obs, actions, normalise_batch=True)
             outputs, next_outputs = outputs.chunk(2, dim=1)  # (C, 2 B, M) -> (C, B, M), (C, B, M)
             return outputs, self.critic.values(next_outputs.detach())
         with th.no_grad():

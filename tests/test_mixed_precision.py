@@ -133,6 +133,30 @@ def test_actions_with_a_choice(prepare: Callable[[SDAC], None] | None, n_bins: i
     assert loss.abs().mean() < 0.02 * spread
 
 
+@pytest.mark.parametrize("n_bins", [1, 101])
+def test_the_critics_gradient(n_bins: int) -> None:
+    """Hidden layers in bfloat16 turn it by less than one degree, and move the TD targets by little."""
+    model = make_model(n_bins=n_bins)
+    with_learned_values(model)
+    data = batch()
+    next_actions = 2 * th.rand(B, ACTION_DIM) - 1
+
+    def learning_pass() -> tuple[th.Tensor, th.Tensor]:
+        outputs, next_values = model._critic_outputs(data, next_actions)
+        assert outputs.dtype == next_values.dtype == th.float32
+        targets = data.rewards.squeeze(1) + 0.99 * next_values.mean(dim=0)
+        model.critic.optimizer.zero_grad()
+        model.critic.loss(outputs, targets).mean(dim=1).sum().backward()
+        gradient = th.cat([parameter.grad.flatten() for parameter in model.critic.parameters() if parameter.grad is not None])
+        return gradient, next_values
+
+    (gradient, next_values), (mixed_gradient, mixed_next_values) = in_both(model, learning_pass)
+    assert not th.equal(gradient, mixed_gradient) and th.cosine_similarity(gradient, mixed_gradient, dim=0) > 1 - 1.5e-4
+    assert 0.99 < mixed_gradient.norm() / gradient.norm() < 1.01
+    error = mixed_next_values - next_values
+    assert error.mean().abs() < 0.01 and error.square().mean().sqrt() < 0.02 * next_values.std()
+
+
 @pytest.mark.parametrize("score_matching", ["gradient_assisted", "reverse_sampling"])
 def test_weights_and_score_target_are_the_same(score_matching: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """
@@ -182,8 +206,8 @@ CONFIGURATIONS = pytest.mark.parametrize(
 
 @CONFIGURATIONS
 @pytest.mark.parametrize("mixed_precision", [True, False])
-def test_only_sampling_is_touched(kwargs: dict[str, Any], mixed_precision: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Q-values, targets and losses are computed outside of autocast; what is learned and how far is float32."""
+def test_what_is_touched(kwargs: dict[str, Any], mixed_precision: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only sampling and what the critics learn from with batch normalisation; losses and all that is kept are float32."""
     particles = {"n_particles": 2, "n_target_particles": 2}
     model = small_model(monkeypatch, **{**kwargs, **particles, "mixed_precision": mixed_precision})
     autocast: dict[str, set[bool]] = {}
@@ -201,6 +225,7 @@ def test_only_sampling_is_touched(kwargs: dict[str, Any], mixed_precision: bool,
 
     spy(model.actor.noise_predictor, "forward")  # under the name "learning" when it predicts the noise for the loss
     spy(model.policy, "best_of")
+    spy(model.critic.q_networks, "normalise_batch")
     for part, name in (
         *[(model, "_critic_outputs"), (model, "_q_values_and_gradients"), (model.critic, "encode"), (model.actor, "encode")],
         *[(sm, "softmax_weights"), (sm, "denoising_loss"), (model.actor.diffusion, "q_sample"), (model.policy, "explore")],
@@ -208,6 +233,7 @@ def test_only_sampling_is_touched(kwargs: dict[str, Any], mixed_precision: bool,
         spy(part, name)
     model.train(4)
     assert autocast.pop("forward") == autocast.pop("best_of") == {mixed_precision}
+    assert autocast.pop("normalise_batch", None) == ({mixed_precision} if model.batch_norm else None)
     assert {"learning", "_critic_outputs", "encode", "denoising_loss"} <= autocast.keys()
     assert all(states == {False} for states in autocast.values()), autocast
     for net in (model.actor, model.critic):
