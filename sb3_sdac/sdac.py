@@ -173,8 +173,8 @@ class SDAC(OffPolicyAlgorithm):
     :param pessimism: what Q is in the TD target, the candidates' weights and the choice among particles: from 0 for the mean
         of the critics to 1 for the least of them (clipped double Q-learning, the paper). ``"auto"`` is 0 until a transition
         into a terminal state (not one cut off by a time limit) was learned from, and then 1
-    :param mixed_precision: draw the update's actions in bfloat16, under ``torch.autocast``, and with ``batch_norm`` compute the
-        critics' hidden layers in it where they learn; ``"auto"`` where the processor has such instructions (CPUs with
+    :param mixed_precision: draw the update's actions in bfloat16, under ``torch.autocast``, and with ``batch_norm`` compute
+        the critics' hidden layers in it where they learn; ``"auto"`` where the processor has such instructions (CPUs with
         AVX512-BF16 or AMX, CUDA devices). Acting, what the critics give, losses, weights and optimizers stay float32
     :param compile: compile the denoising step of the updates with ``torch.compile`` (half a minute the first time; needs a C++
         compiler, on CUDA Triton), and on CUDA replay whole updates as CUDA graphs. On a CPU it pays with many particles, as in
