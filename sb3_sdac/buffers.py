@@ -1,4 +1,7 @@
-"""A replay buffer that lives where the networks do, so that on a GPU no update waits for the host to gather its batch."""
+"""
+Which transitions are replayed, and a replay buffer that lives where the networks do, so that on a GPU no update waits for the
+host to gather its batch.
+"""
 
 from functools import reduce
 from typing import Any
@@ -6,12 +9,14 @@ from typing import Any
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_sdac.policies import is_count
 
+#: SB3's ways to draw a batch that are rows drawn alike and then ``_get_samples``
+_DRAWN_ALIKE = (ReplayBuffer.sample, DictReplayBuffer.sample)
 ARRAYS = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
 
 
@@ -151,6 +156,29 @@ class DeviceReplayBuffer(NStepReplayBuffer):
         """For CUDA a copy in pinned memory, so that nobody waits for its way to the device: PyTorch keeps it until then."""
         tensor = th.from_numpy(array)
         return tensor.pin_memory() if self.device.type == "cuda" else tensor
+
+
+def sample_recent(
+    buffer: ReplayBuffer, batch_size: int, recency: float, env: VecNormalize | None = None
+) -> ReplayBufferSamples:
+    """
+    A batch in which recent transitions are more frequent, and none is left out: of R rows the one that is R u^k old, u uniform
+    between 0 and 1. The density of an age a is proportional to a^(1/k - 1), so that half of the batch comes from the newest
+    R / 2^k rows, however many there are. Like Wang and Ross (2019, arXiv 1906.04009) it emphasises what is recent without
+    forgetting what is not, but in every update alike.
+
+    :param buffer: of SB3's kinds or of this module's. One with a ``sample`` of its own (``HerReplayBuffer``) draws as it does
+    :param batch_size: B
+    :param recency: k, at least 1, with which all are drawn alike, by the buffer itself
+    :param env: what normalises observations and rewards, if anything does
+    :return: B transitions
+    """
+    if recency == 1 or getattr(buffer.sample, "__func__", None) not in _DRAWN_ALIKE:
+        return buffer.sample(batch_size, env=env)
+    # With observations stored once the oldest row's is overwritten (stable-baselines3, pull request 28)
+    n_rows = buffer.size() - (buffer.optimize_memory_usage and buffer.full)
+    ages = (n_rows * np.random.random_sample(batch_size) ** recency).astype(np.int64)
+    return buffer._get_samples((buffer.pos - 1 - ages) % buffer.buffer_size, env=env)
 
 
 def fits_on_device(

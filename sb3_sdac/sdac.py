@@ -33,7 +33,7 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from torch import nn
 
 from sb3_sdac import score_matching as sm
-from sb3_sdac.buffers import DeviceReplayBuffer, fits_on_device
+from sb3_sdac.buffers import DeviceReplayBuffer, fits_on_device, sample_recent
 from sb3_sdac.compilation import GraphedUpdate, compiled, set_learning_rate
 from sb3_sdac.diffusion import BETA_SCHEDULES
 from sb3_sdac.networks import denormals_flushed
@@ -64,6 +64,7 @@ PAPER_SDAC: dict[str, Any] = {
     "train_freq": 1,
     "gradient_steps": 1,
     "n_steps": 1,
+    "replay_recency": 1.0,
     "n_diffusion_steps": 20,
     "n_sampling_steps": 20,
     "eta": 1.0,
@@ -126,6 +127,9 @@ class SDAC(OffPolicyAlgorithm):
     :param optimize_memory_usage: store observations once instead of twice, at the cost of more complexity
     :param n_steps: length of n-step returns; ``None`` for 2, or 1 where SB3 has none: with observations that are a ``Dict``,
         ``optimize_memory_usage`` or a ``replay_buffer_class`` of your own
+    :param replay_recency: k, at least 1: how much more often recent transitions are replayed. Half of each batch comes from
+        the newest 1 / 2^k of the replay buffer; with 1 all are drawn alike (the paper), as they are by a buffer with a
+        ``sample`` of its own such as ``HerReplayBuffer`` (:func:`~sb3_sdac.buffers.sample_recent`)
     :param n_diffusion_steps: T, the number of steps of the diffusion, at least 1
     :param n_sampling_steps: denoising steps taken whenever an action is drawn, between 1 and T
     :param eta: 0 for deterministic denoising (DDIM) up to 1 for ancestral sampling (DDPM, the paper)
@@ -219,6 +223,7 @@ class SDAC(OffPolicyAlgorithm):
         replay_buffer_kwargs: dict[str, Any] | None = None,
         optimize_memory_usage: bool = False,
         n_steps: int | None = None,
+        replay_recency: float = 2.0,
         n_diffusion_steps: int = 20,
         n_sampling_steps: int = 5,
         eta: float = 0.0,
@@ -286,6 +291,7 @@ class SDAC(OffPolicyAlgorithm):
             supported_action_spaces=(spaces.Box,),
             support_multi_env=True,
         )
+        self.replay_recency = replay_recency
         self.n_diffusion_steps = n_diffusion_steps
         self.n_sampling_steps = n_sampling_steps
         self.eta = eta
@@ -467,7 +473,9 @@ class SDAC(OffPolicyAlgorithm):
         for _ in range(gradient_steps):
             step_actor = self._n_updates % self.policy_delay == 0
             step_targets = self._n_updates % self.target_update_interval == 0
-            replay_data = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
+            replay_data = sample_recent(
+                self.replay_buffer, batch_size, self.replay_recency, self._vec_normalize_env  # type: ignore[arg-type]
+            )
             set_learning_rate(self.actor.optimizer, self._actor_learning_rate())
             set_learning_rate(self.critic.optimizer, self._qf_learning_rate())
 
@@ -981,6 +989,7 @@ class SDAC(OffPolicyAlgorithm):
         self._check(lambda value: _is_number(value) and value > 0, "a positive number", "init_noise_scale")
         allowed = "a positive number, or 'auto'"
         self._check(lambda value: value == "auto" or (_is_number(value) and value > 0), allowed, "reward_scale")
+        self._check(lambda value: _is_number(value) and value >= 1, "a number of at least 1", "replay_recency")
         self._check(lambda value: _is_number(value) and value >= 0, "a number of at least 0", "exploration_noise")
         self._check(lambda value: _is_number(value) and 0 <= value <= 1, "a number between 0 and 1", "eta", "tau", "gamma")
         allowed = "a number between 0 and 1, or 'auto'"

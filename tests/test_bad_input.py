@@ -147,6 +147,7 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], tuple[Any, ...]]] = [
     ],
     *[({"n_bins": value}, ("n_bins", f"got {value!r}", "odd integer of at least 1")) for value in (0, 2, -1, 2.5, None, True)],
     *[({"policy_kwargs": {"max_value": value}}, ("max_value", f"got {value!r}", "positive")) for value in (0.0, -1, "1")],
+    *[({"replay_recency": value}, ("replay_recency", f"got {value!r}", "at least 1")) for value in (0.9, np.inf, "auto")],
     *[({"exploration_noise": value}, ("exploration_noise", f"got {value!r}", "at least 0")) for value in (-0.1, np.nan, None)],
     *[
         ({"actor_lr_decay": value}, ("actor_lr_decay", value, "first < last"))

@@ -1,4 +1,7 @@
-"""The replay buffer on the device: bit by bit the batches of SB3's buffers, saved and loaded, chosen where it fits."""
+"""
+Which transitions are replayed; the replay buffer on the device: bit by bit the batches of SB3's buffers, saved and loaded,
+chosen where it fits.
+"""
 
 import pickle
 from pathlib import Path
@@ -9,12 +12,12 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_sdac import SDAC, buffers, sdac
-from sb3_sdac.buffers import ARRAYS, DeviceReplayBuffer, fits_on_device
+from sb3_sdac.buffers import ARRAYS, DeviceReplayBuffer, fits_on_device, sample_recent
 from sb3_sdac.checkpoint import load_checkpoint, save_checkpoint
 
 needs_cuda = pytest.mark.skipif(not th.cuda.is_available(), reason="needs a GPU")
@@ -86,6 +89,76 @@ def make_pair(
     arguments = (size * n_envs + n_envs - 1, space, ACTIONS)  # rounded down to rows
     reference = cls(*arguments, device="cpu", n_envs=n_envs, **kwargs)
     return DeviceReplayBuffer(*arguments, device=device, n_envs=n_envs, **kwargs), reference
+
+
+# Recent transitions
+
+
+def fill_with_numbers(buffer: ReplayBuffer, n_rows: int) -> None:
+    """The reward is the number of the row, counted from 0."""
+    obs = {"a": np.zeros((1, 3), np.float32)} if isinstance(buffer, DictReplayBuffer) else np.zeros((1, 3), np.float32)
+    for number in range(n_rows):
+        buffer.add(obs, obs, np.zeros((1, 2)), np.array([number]), np.array([False]), [{}])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("n_rows", [120, 200, 333], ids=["not full", "just full", "wrapped"])
+@pytest.mark.parametrize("recency", [1.5, 2.0, 3.0])
+@pytest.mark.parametrize(
+    "cls, kwargs",
+    [
+        (ReplayBuffer, {}),
+        (ReplayBuffer, {"optimize_memory_usage": True, "handle_timeout_termination": False}),
+        (NStepReplayBuffer, {"n_steps": 2, "gamma": 0.0}),
+        (DeviceReplayBuffer, {}),
+        (DictReplayBuffer, {}),
+    ],
+    ids=["plain", "optimised", "n-step", "device", "dict"],
+)
+def test_ages_of_recent_samples(cls: Any, kwargs: dict[str, Any], recency: float, n_rows: int) -> None:
+    """The share of the newest x R rows is x^(1/k), and every row there is can be drawn, the newest and the oldest, too."""
+    space = spaces.Dict({"a": BOX}) if cls is DictReplayBuffer else BOX
+    buffer = cls(200, space, ACTIONS, device="cpu", **kwargs)
+    fill_with_numbers(buffer, n_rows)
+    n_kept = min(n_rows, 200) - (buffer.optimize_memory_usage and n_rows >= 200)
+    np.random.seed(0)
+    ages = n_rows - 1 - sample_recent(buffer, 40_000, recency).rewards.flatten().numpy()
+    assert set(ages) == set(range(n_kept))
+    for n in (1, 2, n_kept // 10, n_kept // 4, n_kept // 2, n_kept - 1):
+        share = (n / n_kept) ** (1 / recency)
+        assert abs((ages < n).mean() - share) < 4 * (share * (1 - share) / 40_000) ** 0.5  # standard errors
+
+
+def test_all_alike_is_the_buffer_s_own_way() -> None:
+    buffer, _ = make_pair(3)
+    fill([buffer], 30)
+    batches = []
+    for draw in (lambda: buffer.sample(64), lambda: sample_recent(buffer, 64, 1.0)):
+        np.random.seed(1)
+        batches.append(draw())
+    assert all(th.equal(a, b) for a, b in zip(*batches, strict=True))
+
+
+def test_a_buffer_s_own_sample_is_respected() -> None:
+    class Own(ReplayBuffer):
+        def sample(self, batch_size: int, env: VecNormalize | None = None) -> Any:
+            return batch_size, env
+
+    batch: Any = sample_recent(Own(10, BOX, ACTIONS), 7, 2.0)
+    assert batch == (7, None)
+
+
+@pytest.mark.parametrize("recency", [1.0, 2.0, 3.5])
+def test_updates_draw_so(recency: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+
+    def spy(buffer: ReplayBuffer, batch_size: int, k: float, env: VecNormalize | None) -> Any:
+        drawn.append((buffer, batch_size, k, env))
+        return sample_recent(buffer, batch_size, k, env)
+
+    monkeypatch.setattr(sdac, "sample_recent", spy)
+    env = VecNormalize(make_vec_env("Pendulum-v1", 2))
+    model = SDAC("MlpPolicy", env, replay_recency=recency, **SMALL).learn(24)
+    assert model._n_updates > 0 and drawn == model._n_updates * [(model.replay_buffer, 8, recency, env)]
 
 
 # Batches
