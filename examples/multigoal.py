@@ -92,6 +92,7 @@ def make_models(seed: int, learning_starts: int = 5000) -> dict[str, OffPolicyAl
         "tau": 0.01,
         "reward_scale": 0.2,
         "n_steps": 1,
+        "replay_recency": 1.0,
         "beta_schedule": "linear",
     }
     return {
