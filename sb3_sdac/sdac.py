@@ -178,8 +178,9 @@ class SDAC(OffPolicyAlgorithm):
         of the critics to 1 for the least of them (clipped double Q-learning, the paper). ``"auto"`` is 0 until a transition
         into a terminal state (not one cut off by a time limit) was learned from, and then 1
     :param mixed_precision: draw the update's actions in bfloat16, under ``torch.autocast``, and with ``batch_norm`` compute
-        the critics' hidden layers in it where they learn; ``"auto"`` where the processor has such instructions (CPUs with
-        AVX512-BF16 or AMX, CUDA devices). Acting, what the critics give, losses, weights and optimizers stay float32
+        the critics' features extractor and hidden layers in it where they learn; ``"auto"`` where the processor has such
+        instructions (CPUs with AVX512-BF16 or AMX, CUDA devices). Acting, what the critics give, losses, weights and
+        optimizers stay float32
     :param compile: compile the denoising step of the updates with ``torch.compile`` (half a minute the first time; needs a C++
         compiler, on CUDA Triton), and on CUDA replay whole updates as CUDA graphs. On a CPU it pays with many particles, as in
         the paper's configuration, and not with the defaults. Acting is never compiled, nor is anything in a saved model
