@@ -196,7 +196,9 @@ def aggregate(table: pd.DataFrame, order: list[str]) -> str:
     for name, matrix in matrices.items():
         low, high = intervals[name][:, 0]
         better = "" if name == "SDAC" else f"{metrics.probability_of_improvement(matrices['SDAC'], matrix):.2f}"
-        lines.append(f"| {name} | {points[name][0]:.2f} ({low:.2f} to {high:.2f}) | {better} |")
+        # From a single seed every resample is the same
+        spread = f"{low:.2f} to {high:.2f}" if len(matrix) > 1 else "one seed"
+        lines.append(f"| {name} | {points[name][0]:.2f} ({spread}) | {better} |")
     return "\n".join(lines) + "\n"
 
 
