@@ -10,7 +10,7 @@ All algorithms have 3x256 networks (CrossQ its own, too) and take turns in one p
 else the machine does meets them alike; the table holds medians, and ratios to SAC of the same turn. Learning is
 with 5 environments and one update per step of all five. The first update's time and the peak memory are those of a process
 of its own, which makes a model and one update: with ``compile=True`` once without and once with what the compiler keeps
-on disk. Writes ``benchmarks/results/speed_<env>_<device>.json`` and its Markdown table beside it, or with ``--sweep``
+on disk; of many cores half run such processes side by side. Writes ``benchmarks/results/speed_<env>_<device>.json`` and its Markdown table beside it, or with ``--sweep``
 ``sweep_<env>_<device>.png``: update time against N, K, T, sampling steps, batch size, action dimension, and time per step
 against the number of environments, with the floor that the matrix products' arithmetic sets at the rate of a single large one.
 """
@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import joblib
 import numpy as np
 import torch as th
 from sb3_contrib import TQC, CrossQ
@@ -51,6 +52,7 @@ ALGORITHMS: dict[str, Callable[..., OffPolicyAlgorithm]] = {
     "CrossQ": lambda env, **kwargs: CrossQ("MlpPolicy", env, policy_kwargs=NETS, **kwargs),
     "CrossQ (its nets)": lambda env, **kwargs: CrossQ("MlpPolicy", env, **kwargs),
     "SDAC": lambda env, **kwargs: SDAC("MlpPolicy", env, **kwargs),
+    "SDAC (compile=False)": lambda env, **kwargs: SDAC("MlpPolicy", env, compile=False, **kwargs),
     "SDAC (compiled)": lambda env, **kwargs: SDAC("MlpPolicy", env, compile=True, **kwargs),
     "SDAC (paper)": lambda env, **kwargs: SDAC("MlpPolicy", env, **{**PAPER_SDAC, **kwargs}),
     "SDAC (paper, compiled)": lambda env, **kwargs: SDAC("MlpPolicy", env, **{**PAPER_SDAC, **kwargs}, compile=True),
@@ -136,7 +138,7 @@ def first_update(name: str, env_id: str, device: str, threads: int) -> None:
     model = make_model(name, env_id, device)
     model.train(1, 256)
     duration = time.perf_counter() - start
-    model.train(1 if device == "cpu" else 10, 256)
+    model.train(1 if device == "cpu" else 20, 256)  # with what is recorded
     peak = (
         th.cuda.max_memory_reserved() / 2**20
         if device == "cuda"
@@ -145,25 +147,22 @@ def first_update(name: str, env_id: str, device: str, threads: int) -> None:
     print(duration, peak)
 
 
-def measure_first_update(env_id: str, device: str, threads: int) -> dict[str, dict[str, float]]:
-    """For each algorithm, in processes of their own: seconds to the first update (cold and warm compiler) and MiB."""
-    results = {}
-    for name in ALGORITHMS:
-        with tempfile.TemporaryDirectory() as cache:
-            code = f"from speed import first_update; first_update({name!r}, {env_id!r}, {device!r}, {threads})"
-            runs = []
-            for _ in range(2):
-                out = subprocess.run(
-                    [sys.executable, "-W", "ignore", "-c", code],
-                    cwd=Path(__file__).parent,
-                    env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache},
-                    check=True,
-                    capture_output=True,
-                    text=True,
-                ).stdout
-                runs.append([float(number) for number in out.split()[-2:]])
-        results[name] = {"first_update_cold": runs[0][0], "first_update_warm": runs[1][0], "peak_memory_MiB": runs[1][1]}
-    return results
+def measure_first_update(name: str, env_id: str, device: str, threads: int) -> dict[str, float]:
+    """In processes of their own: seconds to the first update (cold and warm compiler) and MiB."""
+    with tempfile.TemporaryDirectory() as cache:
+        code = f"from speed import first_update; first_update({name!r}, {env_id!r}, {device!r}, {threads})"
+        runs = []
+        for _ in range(2):
+            out = subprocess.run(
+                [sys.executable, "-W", "ignore", "-c", code],
+                cwd=Path(__file__).parent,
+                env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache},
+                check=True,
+                capture_output=True,
+                text=True,
+            ).stdout
+            runs.append([float(number) for number in out.split()[-2:]])
+    return {"first_update_cold": runs[0][0], "first_update_warm": runs[1][0], "peak_memory_MiB": runs[1][1]}
 
 
 def measure(env_id: str, device: str, turns: int, updates: int) -> dict[str, dict[str, list[float]]]:
@@ -284,7 +283,11 @@ def main() -> None:
     if arguments.sweep:
         sweep(arguments.env, arguments.device, arguments.turns, folder / f"sweep_{arguments.env}_{arguments.device}.png")
         return
-    first = measure_first_update(arguments.env, arguments.device, arguments.threads)
+    parallel = joblib.Parallel(n_jobs=max((os.cpu_count() or 1) // 2, 1), prefer="threads")
+    own = (arguments.env, arguments.device, arguments.threads)
+    first = dict(
+        zip(ALGORITHMS, parallel(joblib.delayed(measure_first_update)(name, *own) for name in ALGORITHMS), strict=True)
+    )
     results = measure(arguments.env, arguments.device, arguments.turns, arguments.updates)
     spaces = gym.make(arguments.env)
     machine = th.cuda.get_device_name() if arguments.device == "cuda" else f"{os.cpu_count()} cores, {platform.machine()}"

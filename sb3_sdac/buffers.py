@@ -4,7 +4,7 @@ host to gather its batch.
 """
 
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
@@ -18,6 +18,18 @@ from sb3_sdac.policies import is_count
 #: SB3's ways to draw a batch that are rows drawn alike and then ``_get_samples``
 _DRAWN_ALIKE = (ReplayBuffer.sample, DictReplayBuffer.sample)
 ARRAYS = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
+
+
+class Located(NamedTuple):
+    """
+    Where a batch of B transitions lies in a :class:`DeviceReplayBuffer`.
+
+    :param indices: rows, environments, and the row written last, B times; int64 on the device, shape (3, B)
+    :param address: of the buffer's arrays, so that a recording is of one buffer
+    """
+
+    indices: th.Tensor
+    address: int
 
 
 class DeviceReplayBuffer(NStepReplayBuffer):
@@ -103,19 +115,44 @@ class DeviceReplayBuffer(NStepReplayBuffer):
         infos: list[dict[str, Any]],
     ) -> None:
         self._row.add(obs, next_obs, action, reward, done, infos)
-        for name in ARRAYS:
-            getattr(self, name)[self.pos].copy_(self._on_host(getattr(self._row, name)[0]), non_blocking=True)
+        # One copy to the device, of bytes; the widest dtype first, so that each array is aligned
+        names = sorted(ARRAYS, key=lambda name: -getattr(self, name).itemsize)
+        row = self._to_device(np.concatenate([getattr(self._row, name)[0].reshape(-1).view(np.uint8) for name in names]))
+        parts = row.split([getattr(self, name)[0].nbytes for name in names])
+        for name, part in zip(names, parts, strict=True):
+            array = getattr(self, name)
+            array[self.pos].copy_(part.view(array.dtype).view(array.shape[1:]))
         self.pos = (self.pos + 1) % self.buffer_size
         self.full = self.full or self.pos == 0
 
     def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> ReplayBufferSamples:
+        return self.gather(self.locate(batch_inds), env)
+
+    def locate(self, batch_inds: np.ndarray) -> Located:
+        """
+        The first half of sampling, all that the host has to do.
+
+        :param batch_inds: rows, shape (B,)
+        :return: where a batch from these rows lies, its environments drawn
+        """
         env_indices = np.random.randint(0, self.n_envs, size=len(batch_inds))  # after batch_inds, as SB3 draws them
-        rows, envs = self._to_device(np.stack([batch_inds, env_indices]).astype(np.int64))  # (B,), (B,)
+        newest = np.full_like(batch_inds, (self.pos - 1) % self.buffer_size)
+        indices = np.stack([batch_inds, env_indices, newest]).astype(np.int64)
+        return Located(self._to_device(indices), self.observations.data_ptr())
+
+    def gather(self, located: Located, env: VecNormalize | None = None) -> ReplayBufferSamples:
+        """
+        The other half, all on the device; without ``env`` nothing comes from the host.
+
+        :param located: from :meth:`locate`
+        :param env: what normalises observations and rewards, if anything does
+        :return: B transitions
+        """
+        rows, envs, newest = located.indices  # (B,) each
         steps = (rows.unsqueeze(1) + th.arange(self.n_steps, device=self.device)) % self.buffer_size  # (B, n)
         taken = steps, envs.unsqueeze(1)
         # What follows the row written last is not its future, but empty or the oldest there is
-        newest = (self.pos - 1) % self.buffer_size
-        ends = (self.dones[taken] != 0) | (self.timeouts[taken] != 0) | (steps == newest)
+        ends = (self.dones[taken] != 0) | (self.timeouts[taken] != 0) | (steps == newest.unsqueeze(1))
         mask = ends.cumsum(dim=1) - ends.long() == 0  # (B, n): no end before this step
         lengths = mask.sum(dim=1)  # (B,), from 1 to n
         rewards = self._normalised(self.rewards[taken], "reward", env).float() * self._discounts[:-1] * mask
@@ -150,12 +187,9 @@ class DeviceReplayBuffer(NStepReplayBuffer):
         return ((values.double() - mean) / std).clamp(-clip, clip).float()  # in between float64, as in NumPy
 
     def _to_device(self, array: np.ndarray) -> th.Tensor:
-        return self._on_host(array).to(self.device, non_blocking=True)
-
-    def _on_host(self, array: np.ndarray) -> th.Tensor:
-        """For CUDA a copy in pinned memory, so that nobody waits for its way to the device: PyTorch keeps it until then."""
+        """For CUDA through pinned memory, so that nobody waits for its way to the device: PyTorch keeps it until then."""
         tensor = th.from_numpy(array)
-        return tensor.pin_memory() if self.device.type == "cuda" else tensor
+        return (tensor.pin_memory() if self.device.type == "cuda" else tensor).to(self.device, non_blocking=True)
 
 
 def sample_recent(
@@ -173,12 +207,37 @@ def sample_recent(
     :param env: what normalises observations and rewards, if anything does
     :return: B transitions
     """
-    if recency == 1 or getattr(buffer.sample, "__func__", None) not in _DRAWN_ALIKE:
+    if _draws_itself(buffer, recency):
         return buffer.sample(batch_size, env=env)
+    return buffer._get_samples(_recent_rows(buffer, batch_size, recency), env=env)
+
+
+def locate_recent(
+    buffer: ReplayBuffer, batch_size: int, recency: float, env: VecNormalize | None = None
+) -> ReplayBufferSamples | Located:
+    """
+    :func:`sample_recent` that leaves it to the caller to gather the batch, where that needs nothing from the host.
+
+    :param buffer: see there, as for the others
+    :param batch_size: B
+    :param recency: k
+    :param env: what normalises observations and rewards, if anything does
+    :return: where the batch lies, or the batch
+    """
+    if _draws_itself(buffer, recency) or env is not None or not isinstance(buffer, DeviceReplayBuffer):
+        return sample_recent(buffer, batch_size, recency, env)
+    return buffer.locate(_recent_rows(buffer, batch_size, recency))
+
+
+def _draws_itself(buffer: ReplayBuffer, recency: float) -> bool:
+    return recency == 1 or getattr(buffer.sample, "__func__", None) not in _DRAWN_ALIKE
+
+
+def _recent_rows(buffer: ReplayBuffer, batch_size: int, recency: float) -> np.ndarray:
     # With observations stored once the oldest row's is overwritten (stable-baselines3, pull request 28)
     n_rows = buffer.size() - (buffer.optimize_memory_usage and buffer.full)
     ages = (n_rows * np.random.random_sample(batch_size) ** recency).astype(np.int64)
-    return buffer._get_samples((buffer.pos - 1 - ages) % buffer.buffer_size, env=env)
+    return (buffer.pos - 1 - ages) % buffer.buffer_size
 
 
 def fits_on_device(

@@ -1,18 +1,20 @@
 """
-Updates that cost less than PyTorch's eager mode: a compiled function, and whole updates replayed as CUDA graphs.
+What costs less than PyTorch's eager mode: a compiled function, and whole updates and predictions replayed as CUDA graphs.
 
-Neither knows what it speeds up. Both are only used with ``compile=True``, and neither is ever part of a saved model.
+Neither knows what it speeds up, and neither is ever part of a saved model.
 """
 
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch as th
 from torch.utils import _pytree as pytree
 
-#: Updates made as they are before the first is recorded, so that optimizers, libraries and the compiler have set themselves up
+#: Calls made as they are before one is recorded, so that optimizers, libraries and the compiler have set themselves up
 WARM_UP = 3
+#: What comes in more shapes than this is not worth the memory
+MAX_GRAPHS = 32
 
 
 def compiled(function: Callable[..., th.Tensor]) -> Callable[..., th.Tensor]:
@@ -43,7 +45,7 @@ def compiled(function: Callable[..., th.Tensor]) -> Callable[..., th.Tensor]:
 
 def set_learning_rate(optimizer: th.optim.Optimizer, learning_rate: float) -> None:
     """
-    :param optimizer: its learning rate may be a tensor, as :class:`GraphedUpdate` needs it
+    :param optimizer: its learning rate may be a tensor, as :class:`Graphed` needs it
     :param learning_rate: what to set it to
     """
     for group in optimizer.param_groups:
@@ -53,71 +55,100 @@ def set_learning_rate(optimizer: th.optim.Optimizer, learning_rate: float) -> No
             group["lr"] = learning_rate
 
 
-class GraphedUpdate:
+class Graphed:
     """
-    An update recorded once as a CUDA graph and replayed from then on: one launch instead of thousands.
+    A function of tensors, recorded once as a CUDA graph and replayed from then on: one launch instead of hundreds.
 
-    The update must do all its work on the device, read no number back, and change nothing but tensors in place. What it
-    branches on is passed as ``flags``; every combination of them is recorded when it first comes. After PyTorch's notes on
-    CUDA semantics, "Whole-network capture".
+    The function must do all its work on the device, read no number back, and change nothing but tensors in place. What else it
+    depends on, it is called with as ``flags``, or it comes from ``depends_on``; each combination is recorded when it has come
+    a few times. A function that cannot be recorded runs as it is from then on, after a warning. After PyTorch's notes on CUDA
+    semantics, "Whole-network capture".
 
-    :param update: called with a batch (tensors in tuples and dicts) and the flags, returns tensors in a dict
+    Copied or pickled it becomes ``None``: graphs are of one process and of the tensors they were recorded with.
+
+    :param function: called with a batch (tensors in tuples and dicts) and the flags, returns tensors
     :param optimizers: all that step inside it, made capturable here; their saved state is that of ordinary ones
+    :param depends_on: numbers and the like that a recording holds as they were
     """
 
-    def __init__(self, update: Callable[..., dict[str, th.Tensor]], optimizers: list[th.optim.Optimizer]):
-        self.update = update
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        optimizers: Sequence[th.optim.Optimizer] = (),
+        depends_on: Callable[[], Hashable] = tuple,
+    ):
+        self.function = function
         self.optimizers = optimizers
-        self._graphs: dict[Hashable, tuple[Any, list[th.Tensor], dict[str, th.Tensor]]] = {}
+        self.depends_on = depends_on
+        self._graphs: dict[Hashable, tuple[Any, list[Any], Any]] = {}
         self._n_calls: dict[Hashable, int] = {}
         self._pool: Any = None
+        self._fails = False
         for optimizer in optimizers:
             optimizer.register_state_dict_post_hook(_make_ordinary)
 
-    def __call__(self, batch: Any, *flags: bool) -> dict[str, th.Tensor]:
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+    def __call__(self, batch: Any, *flags: Hashable) -> Any:
         """
-        :param batch: of the same shapes as ever, or it is recorded anew
-        :param flags: what the update branches on
-        :return: what the update returns; valid until the next call
+        :param batch: what is in it besides tensors counts as flags
+        :param flags: further arguments of the function
+        :return: what the function returns; valid until the next call
         """
-        tensors, structure = pytree.tree_flatten(batch)
-        constants = tuple(value for value in tensors if not isinstance(value, th.Tensor))
-        shapes = tuple((value.shape, value.dtype) for value in tensors if isinstance(value, th.Tensor))
-        key = (flags, constants, shapes)
-        n_calls = self._n_calls.get(key, 0)
-        self._n_calls[key] = n_calls + 1
-        if n_calls < WARM_UP:
-            return self._on_side_stream(batch, *flags)
+        leaves, structure = pytree.tree_flatten(batch)
+        shapes = ((leaf.shape, leaf.dtype) if isinstance(leaf, th.Tensor) else leaf for leaf in leaves)
+        key = (flags, self.depends_on(), *shapes)
         if key not in self._graphs:
-            self._graphs[key] = self._record(tensors, structure, flags)
-        graph, static, metrics = self._graphs[key]
-        for mine, given in zip(static, tensors, strict=True):
+            n_calls = self._n_calls.get(key, 0)
+            self._n_calls[key] = n_calls + 1
+            if self._fails or n_calls < WARM_UP or len(self._graphs) == MAX_GRAPHS:
+                return self._on_side_stream(batch, *flags)
+            try:
+                self._graphs[key] = self._record(leaves, structure, flags)
+            except RuntimeError as error:
+                self._fails = True
+                warnings.warn(
+                    "compile='auto' or True: CUDA cannot record this model as a graph, so it runs as it is, and slower; "
+                    f"compile=False does not try: {error}",
+                    stacklevel=2,
+                )
+                return self.function(batch, *flags)
+        graph, static, output = self._graphs[key]
+        for mine, given in zip(static, leaves, strict=True):
             if isinstance(given, th.Tensor):
                 mine.copy_(given)
         graph.replay()
-        return metrics
+        return output
 
-    def _on_side_stream(self, batch: Any, *flags: bool) -> dict[str, th.Tensor]:
+    def _on_side_stream(self, batch: Any, *flags: Hashable) -> Any:
         # Recording happens on another stream than the default one, so what is set up lazily has to be set up for that
         current, side = th.cuda.current_stream(), th.cuda.Stream()
         side.wait_stream(current)
         with th.cuda.stream(side):
-            metrics = self.update(batch, *flags)
+            output = self.function(batch, *flags)
         current.wait_stream(side)
-        return metrics
+        return output
 
-    def _record(self, tensors: list[Any], structure: Any, flags: tuple[bool, ...]) -> Any:
+    def _record(self, leaves: list[Any], structure: Any, flags: tuple[Hashable, ...]) -> tuple[Any, list[Any], Any]:
         for optimizer in self.optimizers:
             _make_capturable(optimizer)
-        static = [value.clone() if isinstance(value, th.Tensor) else value for value in tensors]
+        static = [leaf.clone() if isinstance(leaf, th.Tensor) else leaf for leaf in leaves]
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)  # the gradients are to be in the graph's own memory
         th.cuda.synchronize()
-        graph = th.cuda.CUDAGraph()
-        with th.cuda.graph(graph, pool=self._pool):
-            metrics = self.update(pytree.tree_unflatten(static, structure), *flags)
+        graph, current = th.cuda.CUDAGraph(), th.cuda.current_stream()
+        try:
+            with th.cuda.graph(graph, pool=self._pool):
+                output = self.function(pytree.tree_unflatten(static, structure), *flags)
+        except RuntimeError:
+            # What PyTorch leaves behind: another stream, and a generator that counts for the graph that there is none of
+            th.cuda.set_stream(current)
+            generator = th.cuda.default_generators[current.device_index]
+            generator.graphsafe_set_state(generator.clone_state())
+            raise
         self._pool = graph.pool()
-        return graph, static, {name: value.detach() for name, value in metrics.items()}
+        return graph, static, pytree.tree_map_only(th.Tensor, th.Tensor.detach, output)
 
 
 def _make_capturable(optimizer: th.optim.Optimizer) -> None:

@@ -24,6 +24,7 @@ from stable_baselines3.common.torch_layers import (
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
+from sb3_sdac.compilation import Graphed
 from sb3_sdac.diffusion import BETA_SCHEDULES, GaussianDiffusion
 from sb3_sdac.networks import CriticEnsemble, NoisePredictor
 
@@ -471,6 +472,7 @@ class DiffusionPolicy(BasePolicy):
         # The logarithm of the entropy coefficient (alpha or lambda in the paper), kept with the policy since acting may
         # read it. It is set by the algorithm; no gradient ever reaches it.
         self.log_ent_coef = nn.Parameter(th.zeros(()), requires_grad=False)
+        self.recorded_act: Graphed | None = None
         self._build(lr_schedule)
 
     @property
@@ -559,6 +561,24 @@ class DiffusionPolicy(BasePolicy):
         return self._predict(obs, deterministic=deterministic)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        """
+        :meth:`act`, by a recording of it where the algorithm has put one.
+
+        :param observation: observations
+        :param deterministic: make the action a function of the observation alone
+        :return: actions in [-1, 1], shape (B, A)
+        """
+        if self.recorded_act is None or self.device.type != "cuda" or th.is_grad_enabled():
+            return self.act(observation, deterministic)
+        return self.recorded_act(observation, deterministic).clone()  # its own is overwritten by the next call
+
+    def record_act(self) -> None:
+        """Let :meth:`_predict` record :meth:`act` as CUDA graphs and replay them. Nothing of it is saved or copied."""
+        first = self.actor.noise_predictor.first.weight
+        # The address is another one after a detour to the CPU
+        self.recorded_act = Graphed(self.act, depends_on=lambda: (self.training, self.exploration_noise, first.data_ptr()))
+
+    def act(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         """
         Best of N particles; without exploration noise and from fixed x_T if ``deterministic``.
 

@@ -1,5 +1,6 @@
 """The algorithm: from transitions to TD targets, score targets and a better diffusion policy."""
 
+import inspect
 import io
 import json
 import pathlib
@@ -33,8 +34,8 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from torch import nn
 
 from sb3_sdac import score_matching as sm
-from sb3_sdac.buffers import DeviceReplayBuffer, fits_on_device, sample_recent
-from sb3_sdac.compilation import GraphedUpdate, compiled, set_learning_rate
+from sb3_sdac.buffers import DeviceReplayBuffer, Located, fits_on_device, locate_recent, sample_recent
+from sb3_sdac.compilation import Graphed, compiled, set_learning_rate
 from sb3_sdac.diffusion import BETA_SCHEDULES
 from sb3_sdac.networks import denormals_flushed
 from sb3_sdac.policies import Actor, CnnPolicy, Critic, DiffusionPolicy, MlpPolicy, MultiInputPolicy, is_count
@@ -181,9 +182,10 @@ class SDAC(OffPolicyAlgorithm):
         the critics' features extractor and hidden layers in it where they learn; ``"auto"`` where the processor has such
         instructions (CPUs with AVX512-BF16 or AMX, CUDA devices). Acting, what the critics give, losses, weights and
         optimizers stay float32
-    :param compile: compile the denoising step of the updates with ``torch.compile`` (half a minute the first time; needs a C++
-        compiler, on CUDA Triton), and on CUDA replay whole updates as CUDA graphs. On a CPU it pays with many particles, as in
-        the paper's configuration, and not with the defaults. Acting is never compiled, nor is anything in a saved model
+    :param compile: ``"auto"``: on CUDA record whole updates and predictions as CUDA graphs, each then one launch instead of
+        hundreds. True: also compile the denoising step of the updates with ``torch.compile`` (half a minute the first time;
+        needs a C++ compiler, on CUDA Triton), which pays with many particles, as in the paper's configuration, and not with
+        the defaults. False: neither. Nothing of it is in a saved model
     :param use_sde: not supported, must be False; here so that whoever comes from SAC is told so
     :param sde_sample_freq: goes with ``use_sde``, without effect
     :param stats_window_size: episodes over which the logged success rate, length and reward are averaged
@@ -252,7 +254,7 @@ class SDAC(OffPolicyAlgorithm):
         n_bins: int = 101,
         pessimism: float | str = "auto",
         mixed_precision: bool | str = "auto",
-        compile: bool = False,
+        compile: bool | str = "auto",
         use_sde: bool = False,
         sde_sample_freq: int = -1,
         stats_window_size: int = 100,
@@ -406,14 +408,21 @@ class SDAC(OffPolicyAlgorithm):
         return {name: getattr(self, name) for name in names}
 
     def _setup_compilation(self) -> None:
-        """What :meth:`train` calls: the update and the noise predictor as they are, or with ``compile`` faster ones."""
+        """What learning and acting call: functions as they are, or with ``compile`` faster ones."""
         self._noise_predictor: Callable[..., th.Tensor] = self.actor.noise_predictor
         self._run_update: Callable[..., dict[str, th.Tensor]] = self._update
-        if self.compile:
+        if self.compile is True:
             # One denoising step, not the loop, which would be compiled for every step of it
             self._noise_predictor = compiled(self.actor.noise_predictor)
-            if self.device.type == "cuda":
-                self._run_update = GraphedUpdate(self._update, [self.actor.optimizer, self.critic.optimizer])
+        if self.compile and self.device.type == "cuda":
+            optimizers = [self.actor.optimizer, self.critic.optimizer]
+            self._run_update = Graphed(self._gather_and_update, optimizers, self._numbers)
+            self.policy.record_act()
+
+    def _numbers(self) -> tuple[Any, ...]:
+        """:return: arguments of the constructor as they are now, which a recorded update holds as they were"""
+        values = (getattr(self, name, None) for name in _ARGUMENTS)
+        return (self.policy.exploration_noise, *(value for value in values if isinstance(value, (int, float, str))))
 
     def _setup_temperature(self) -> None:
         """
@@ -470,11 +479,12 @@ class SDAC(OffPolicyAlgorithm):
         """
         # Switch to train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
+        draw = locate_recent if isinstance(self._run_update, Graphed) else sample_recent  # a recording gathers faster
 
         for _ in range(gradient_steps):
             step_actor = self._n_updates % self.policy_delay == 0
             step_targets = self._n_updates % self.target_update_interval == 0
-            replay_data = sample_recent(
+            replay_data = draw(
                 self.replay_buffer, batch_size, self.replay_recency, self._vec_normalize_env  # type: ignore[arg-type]
             )
             set_learning_rate(self.actor.optimizer, self._actor_learning_rate())
@@ -492,6 +502,13 @@ class SDAC(OffPolicyAlgorithm):
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("train/learning_rate", self._actor_learning_rate())
         self.logger.record("train/qf_learning_rate", self._qf_learning_rate())
+
+    def _gather_and_update(self, batch: Any, step_actor: bool, step_targets: bool) -> dict[str, th.Tensor]:
+        """:meth:`_update`, of a batch or of what says where it lies in the replay buffer."""
+        if isinstance(batch, Located):
+            assert isinstance(self.replay_buffer, DeviceReplayBuffer)
+            batch = self.replay_buffer.gather(batch)
+        return self._update(batch, step_actor, step_targets)
 
     def _update(self, replay_data: ReplayBufferSamples, step_actor: bool, step_targets: bool) -> dict[str, th.Tensor]:
         """
@@ -1011,7 +1028,8 @@ class SDAC(OffPolicyAlgorithm):
         if self.actor_lr_decay is not None:
             allowed = "(final learning rate, first, last actor update) with first < last, or None"
             self._check(_is_lr_decay, allowed, "actor_lr_decay")
-        self._check(lambda value: isinstance(value, bool) or value == "auto", "True, False or 'auto'", "mixed_precision")
+        allowed = "True, False or 'auto'"
+        self._check(lambda value: isinstance(value, bool) or value == "auto", allowed, "mixed_precision", "compile")
         self._check(_is_ent_coef, "a positive number, 'auto', 'auto_<number>', 'paper' or 'paper_<number>'", "ent_coef")
         ent_coef_mode, _ = _parse_ent_coef(self.ent_coef)
         if ent_coef_mode == "auto":
@@ -1030,6 +1048,9 @@ class SDAC(OffPolicyAlgorithm):
             value = getattr(self, name)
             if not is_valid(value):
                 raise ValueError(f"{name} must be {allowed}, got {value!r}")
+
+
+_ARGUMENTS = tuple(inspect.signature(SDAC).parameters)
 
 
 def _is_number(value: Any) -> bool:

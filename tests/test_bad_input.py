@@ -154,7 +154,8 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], tuple[Any, ...]]] = [
         for value in ((1e-5, 4, 2), (1e-5, -1, 2), (1e-5, 2), (-1e-5, 0, 2))
     ],
     *[
-        ({"mixed_precision": value}, ("mixed_precision", f"got {value!r}", "True, False or 'auto'"))
+        ({name: value}, (name, f"got {value!r}", "True, False or 'auto'"))
+        for name in ("mixed_precision", "compile")
         for value in (1, 0.0, None, "on")
     ],
     *[({name: -1e-3}, (name, "got -0.001", "at least 0")) for name in ("learning_rate", "qf_learning_rate")],
@@ -217,7 +218,6 @@ def test_arguments_given_to_load(kwargs: dict[str, Any], tmp_path: Path) -> None
         SDAC.load(tmp_path / "model.zip", **kwargs)
 
 
-@pytest.mark.skipif(th.cuda.is_available(), reason="there is CUDA")
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", th.device("cuda")])
 def test_cuda_without_cuda(device: Any) -> None:
     with pytest.raises(ValueError, match=all_of(f"device='{device}'", "no CUDA", "'cpu'", "'auto'")):

@@ -14,14 +14,14 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_sdac import SDAC, buffers, sdac
-from sb3_sdac.buffers import ARRAYS, DeviceReplayBuffer, fits_on_device, sample_recent
+from sb3_sdac.buffers import ARRAYS, DeviceReplayBuffer, Located, fits_on_device, locate_recent, sample_recent
 from sb3_sdac.checkpoint import load_checkpoint, save_checkpoint
 
-needs_cuda = pytest.mark.skipif(not th.cuda.is_available(), reason="needs a GPU")
-DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
 BOX = spaces.Box(-9, 9, (3,), np.float32)
 ACTIONS = spaces.Box(-1, 1, (2,), np.float32)
@@ -145,6 +145,29 @@ def test_a_buffer_s_own_sample_is_respected() -> None:
 
     batch: Any = sample_recent(Own(10, BOX, ACTIONS), 7, 2.0)
     assert batch == (7, None)
+
+
+@pytest.mark.parametrize("n_steps", [None, 3])
+def test_located_batches_are_the_same(n_steps: int | None) -> None:
+    """Not full and wrapped: with the same random numbers, what is gathered from where it lies is what is sampled at once."""
+    buffer, reference = make_pair(n_steps, 3)
+    for seed in range(4):
+        fill([reference, buffer], 8, seed)
+        np.random.seed(0)
+        located = locate_recent(buffer, 64, 2.0)
+        assert isinstance(located, Located)
+        np.random.seed(0)
+        expected = sample_recent(reference, 64, 2.0)._asdict()
+        batch = buffer.gather(located)._asdict()
+        assert all(th.equal(value, batch[name]) for name, value in expected.items() if value is not None)
+
+
+def test_only_what_can_be_located_is() -> None:
+    """Neither SB3's buffers nor what the host normalises, nor batches that the buffer draws itself."""
+    own, reference = make_pair(None)
+    fill([own, reference], 8)
+    for buffer, recency, env in ((reference, 2.0, None), (own, 2.0, normalizer(BOX)), (own, 1.0, None)):
+        assert isinstance(locate_recent(buffer, 4, recency, env), ReplayBufferSamples)
 
 
 @pytest.mark.parametrize("recency", [1.0, 2.0, 3.5])
@@ -486,8 +509,8 @@ def test_what_the_user_asks_for_stays(
             assert type(reached.replay_buffer) is cls
 
 
-@needs_cuda
-@pytest.mark.parametrize("kwargs", [{}, {"compile": True}, {"n_steps": 1}], ids=["default", "graphs", "one_step"])
+@pytest.mark.cuda
+@pytest.mark.parametrize("kwargs", [{}, {"compile": False}, {"n_steps": 1}], ids=["default", "no graphs", "one_step"])
 def test_cuda(kwargs: dict[str, Any], tmp_path: Path) -> None:
     """Chosen there, learned with, and taken to the CPU and back."""
     env = make_vec_env("Pendulum-v1", 2, env_kwargs={"max_episode_steps": 7})
@@ -510,7 +533,7 @@ def test_cuda(kwargs: dict[str, Any], tmp_path: Path) -> None:
     back.learn(10, reset_num_timesteps=False)
 
 
-@needs_cuda
+@pytest.mark.cuda
 def test_cuda_is_not_waited_for() -> None:
     buffer, _ = make_pair(3, device="cuda")
     fill([buffer], 30)

@@ -6,6 +6,8 @@ tensor that was replaced instead of changed. That is tested everywhere, with a r
 of the graph; the tests with ``cuda`` in their names do it with real graphs, where there are any.
 """
 
+import copy
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -16,13 +18,14 @@ import numpy as np
 import pytest
 import torch as th
 from stable_baselines3.common.logger import configure
+from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb3_sdac import PAPER_DPMD, PAPER_SDAC, SDAC, compilation
-from sb3_sdac.compilation import WARM_UP, GraphedUpdate, compiled, set_learning_rate
+from sb3_sdac.buffers import ARRAYS, DeviceReplayBuffer
+from sb3_sdac.compilation import WARM_UP, Graphed, compiled, set_learning_rate
 
-needs_cuda = pytest.mark.skipif(not th.cuda.is_available(), reason="CUDA graphs need a GPU")
 #: Of its own doing, when the compiler is imported
 torch_warns = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
 CONFIGURATIONS = pytest.mark.parametrize(
@@ -117,7 +120,8 @@ def pretend_cuda(monkeypatch: pytest.MonkeyPatch, model: SDAC) -> None:
     cuda |= {"current_stream": lambda: stream, "stream": lambda stream: nullcontext()}
     for name, value in cuda.items():
         monkeypatch.setattr(compilation.th.cuda, name, value)
-    model._run_update = GraphedUpdate(model._update, [model.actor.optimizer, model.critic.optimizer])
+    optimizers = [model.actor.optimizer, model.critic.optimizer]
+    model._run_update = Graphed(model._gather_and_update, optimizers, model._numbers)
 
 
 @CONFIGURATIONS
@@ -128,7 +132,7 @@ def test_recorded_updates_learn_as_others_do(kwargs: dict[str, Any], monkeypatch
     start = [value.clone() for value in numbers(eager)]
     train(eager, 60)
     train(recorded, 60)
-    assert isinstance(recorded._run_update, GraphedUpdate) and recorded._run_update._graphs
+    assert isinstance(recorded._run_update, Graphed) and recorded._run_update._graphs
     assert any(not th.equal(value, old) for value, old in zip(numbers(eager), start, strict=True))
     for value, expected in zip(numbers(recorded), numbers(eager), strict=True):
         th.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
@@ -139,21 +143,20 @@ def test_recorded_updates_learn_as_others_do(kwargs: dict[str, Any], monkeypatch
 
 
 @CONFIGURATIONS
-@needs_cuda
+@pytest.mark.cuda
 def test_cuda_graphs_learn_as_eager_mode_does(kwargs: dict[str, Any]) -> None:
     """Hundreds of updates. Graphs draw the same random numbers; sums may be taken in another order, hence the tolerance."""
-    eager, graphed = make_model("cuda", **kwargs), make_model("cuda", compile=True, **kwargs)
-    graphed._noise_predictor = graphed.actor.noise_predictor  # of graphs alone
+    eager, graphed = make_model("cuda", compile=False, **kwargs), make_model("cuda", **kwargs)
     start = [value.clone() for value in numbers(eager)]
     train(eager, 300)
     train(graphed, 300)
-    assert isinstance(graphed._run_update, GraphedUpdate) and graphed._run_update._graphs
+    assert isinstance(graphed._run_update, Graphed) and graphed._run_update._graphs
     moved = sum((value - old).square().sum().item() for value, old in zip(numbers(eager), start, strict=True))
     apart = sum((value - other).square().sum().item() for value, other in zip(numbers(eager), numbers(graphed), strict=True))
     assert moved > 0.1 and apart < 1e-2 * moved
 
 
-@needs_cuda
+@pytest.mark.cuda
 def test_cuda_learns_what_there_is_to_learn() -> None:
     """With everything compiled; compared with the same model before."""
     model = make_model("cuda", compile=True)
@@ -165,6 +168,144 @@ def test_cuda_learns_what_there_is_to_learn() -> None:
     before = agreement()
     model.train(1500, 32)
     assert agreement() < before - 0.5 and agreement() < -1  # torques of 2 against the sign
+
+
+@CONFIGURATIONS
+@pytest.mark.cuda
+def test_cuda_graphs_act_as_eager_mode_does(kwargs: dict[str, Any]) -> None:
+    """Between updates, which change the weights under them; with the same random numbers, for two sizes in turn."""
+    model = make_model("cuda", **kwargs)
+    recorded = model.policy.recorded_act
+    assert recorded is not None
+    obs = np.random.RandomState(1).standard_normal((7, 3)).astype(np.float32)
+    for i in range(8):
+        model.train(3, 32)
+        for deterministic in (True, False):
+            for batch in (obs, obs[:2]):
+                actions = []
+                for act in (recorded, None):
+                    model.policy.recorded_act = act
+                    th.manual_seed(i)
+                    actions.append(model.predict(batch, deterministic=deterministic)[0])
+                np.testing.assert_allclose(actions[0], actions[1], rtol=1e-4, atol=1e-4)
+                model.policy.recorded_act = recorded
+    assert len(recorded._graphs) == 4
+    assert not np.array_equal(model.predict(obs)[0], model.predict(obs)[0])  # explores anew each time
+
+
+@pytest.mark.cuda
+def test_cuda_graphs_notice_what_changes_by_hand() -> None:
+    """A detour to the CPU, which moves the weights, and exploration that is switched off."""
+    model = make_model("cuda", n_particles=1, eta=0.0)
+    obs = np.zeros((2, 3), np.float32)
+    for _ in range(5):
+        model.predict(obs, deterministic=True)
+    model.policy.to("cpu")
+    with th.no_grad():
+        model.policy.actor.noise_predictor.rest[-1].bias.add_(0.3)  # type: ignore[operator]
+    expected = model.predict(obs, deterministic=True)[0]
+    model.policy.to("cuda")
+    for _ in range(5):
+        np.testing.assert_allclose(model.predict(obs, deterministic=True)[0], expected, rtol=1e-4, atol=1e-4)
+    for _ in range(5):
+        model.predict(obs)
+    model.policy.exploration_noise = 1e3
+    assert (np.abs(model.predict(np.zeros((64, 3), np.float32))[0]) == 2).mean() > 0.9
+
+
+class ReadsBack(FlattenExtractor):
+    """No graph can be made of it: it asks the device for a number."""
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        features = super().forward(observations)
+        return features if features.isfinite().all().item() else th.zeros_like(features)
+
+
+@pytest.mark.cuda
+def test_cuda_goes_on_without_graphs_where_there_can_be_none() -> None:
+    """One warning for updates and one for acting; everything as with ``compile=False``, random numbers included."""
+    kwargs: dict[str, Any] = {"policy_kwargs": {"features_extractor_class": ReadsBack}}
+    model, eager = make_model("cuda", **kwargs), make_model("cuda", compile=False, **kwargs)
+    with pytest.warns(UserWarning, match="CUDA cannot record") as record:
+        train(model, 20)
+        actions = [model.predict(np.ones((2, 3), np.float32))[0] for _ in range(8)]
+    assert len([warning for warning in record if "CUDA cannot record" in str(warning.message)]) == 2
+    train(eager, 20)
+    for action in actions:
+        np.testing.assert_allclose(action, eager.predict(np.ones((2, 3), np.float32))[0], rtol=1e-3, atol=1e-3)
+    for value, expected in zip(numbers(model), numbers(eager), strict=True):
+        th.testing.assert_close(value, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one warning, and nothing is tried again."""
+    model, eager = make_model(), make_model()
+    pretend_cuda(monkeypatch, model)
+    n_attempts = 0
+
+    def fail(*args: Any) -> None:
+        nonlocal n_attempts
+        n_attempts += 1
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(model._run_update, "_record", fail)
+    with pytest.warns(UserWarning, match="runs as it is.*not permitted") as record:
+        train(model, 20)
+    assert len(record) == n_attempts == 1
+    train(eager, 20)
+    for value, expected in zip(numbers(model), numbers(eager), strict=True):
+        assert th.equal(value, expected)
+
+
+def test_recordings_are_of_one_policy() -> None:
+    """Copies and pickles of it have none."""
+    policy = make_model().policy
+    policy.record_act()
+    assert policy.recorded_act is not None
+    assert copy.deepcopy(policy).recorded_act is None
+    assert pickle.loads(pickle.dumps(policy.recorded_act)) is None
+
+
+def test_arguments_changed_by_hand_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a callback: the recording holds them as they were."""
+    model = make_model(policy_delay=1)
+    pretend_cuda(monkeypatch, model)
+    train(model, 10)
+    model.gamma = 0.5
+    model.policy.exploration_noise = 0.3
+    train(model, 10)
+    assert len(model._run_update._graphs) == 2  # type: ignore[attr-defined]
+    eager = make_model(policy_delay=1)
+    train(eager, 10)
+    eager.gamma, eager.policy.exploration_noise = 0.5, 0.3
+    train(eager, 10)
+    for value, expected in zip(numbers(model), numbers(eager), strict=True):
+        th.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_batches_are_gathered_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a buffer on the device; another buffer is recorded anew."""
+    model, eager = make_model(), make_model()
+    model.replay_buffer = on_device(eager)
+    pretend_cuda(monkeypatch, model)
+    for _ in range(2):
+        train(model, 30)
+        train(eager, 30)
+        for value, expected in zip(numbers(model), numbers(eager), strict=True):
+            th.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+        eager.replay_buffer.rewards[:] *= -1  # type: ignore[union-attr]
+        model.replay_buffer = on_device(eager)
+    assert len(model._run_update._graphs) == 4  # type: ignore[attr-defined]  # with the actor's step and without
+
+
+def on_device(model: SDAC) -> DeviceReplayBuffer:
+    """A buffer with what the model's has, on the device."""
+    theirs = model.replay_buffer
+    assert theirs is not None
+    buffer = DeviceReplayBuffer(500, theirs.observation_space, theirs.action_space, "cpu", n_steps=2, gamma=model.gamma)
+    for row in zip(*(getattr(theirs, name) for name in ARRAYS[:5]), strict=True):
+        buffer.add(*row, [{}])  # type: ignore[call-arg]
+    return buffer
 
 
 def test_saved_models_know_nothing_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -388,7 +388,6 @@ def test_number_of_environments(load: bool, tmp_path: Path) -> None:
     loaded.learn(20)
 
 
-@pytest.mark.skipif(th.cuda.is_available(), reason="there is CUDA")
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", th.device("cuda")])
 def test_load_on_a_device_that_is_not_there(device: str | th.device, tmp_path: Path) -> None:
     model = make_model()
