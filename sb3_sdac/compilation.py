@@ -64,7 +64,7 @@ class Graphed:
     a few times. A function that cannot be recorded runs as it is from then on, after a warning. After PyTorch's notes on CUDA
     semantics, "Whole-network capture".
 
-    Copied or pickled it becomes ``None``: graphs are of one process and of the tensors they were recorded with.
+    Copied or pickled it has no recordings: they are of one process and of the tensors they were made with.
 
     :param function: called with a batch (tensors in tuples and dicts) and the flags, returns tensors
     :param optimizers: all that step inside it, made capturable here; their saved state is that of ordinary ones
@@ -88,7 +88,7 @@ class Graphed:
             optimizer.register_state_dict_post_hook(_make_ordinary)
 
     def __reduce__(self) -> Any:
-        return type(None), ()
+        return Graphed, (self.function, self.optimizers, self.depends_on)
 
     def __call__(self, batch: Any, *flags: Hashable) -> Any:
         """
@@ -97,12 +97,15 @@ class Graphed:
         :return: what the function returns; valid until the next call
         """
         leaves, structure = pytree.tree_flatten(batch)
+        with th.cuda.device(next(leaf.device for leaf in leaves if isinstance(leaf, th.Tensor))):
+            return self._replay(leaves, structure, flags)
+
+    def _replay(self, leaves: list[Any], structure: Any, flags: tuple[Hashable, ...]) -> Any:
         shapes = ((leaf.shape, leaf.dtype) if isinstance(leaf, th.Tensor) else leaf for leaf in leaves)
         key = (flags, self.depends_on(), *shapes)
         if key not in self._graphs:
-            n_calls = self._n_calls.get(key, 0)
-            self._n_calls[key] = n_calls + 1
-            if self._fails or n_calls < WARM_UP or len(self._graphs) == MAX_GRAPHS:
+            batch = pytree.tree_unflatten(leaves, structure)
+            if not self._is_worth_recording(key):
                 return self._on_side_stream(batch, *flags)
             try:
                 self._graphs[key] = self._record(leaves, structure, flags)
@@ -120,6 +123,13 @@ class Graphed:
                 mine.copy_(given)
         graph.replay()
         return output
+
+    def _is_worth_recording(self, key: Hashable) -> bool:
+        """When it has come before, and there is room."""
+        if len(self._n_calls) > 100 * MAX_GRAPHS:  # of a number that is another one each time
+            self._n_calls.clear()
+        self._n_calls[key] = self._n_calls.get(key, 0) + 1
+        return self._n_calls[key] > WARM_UP and len(self._graphs) < MAX_GRAPHS and not self._fails
 
     def _on_side_stream(self, batch: Any, *flags: Hashable) -> Any:
         # Recording happens on another stream than the default one, so what is set up lazily has to be set up for that

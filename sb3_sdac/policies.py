@@ -24,7 +24,6 @@ from stable_baselines3.common.torch_layers import (
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
-from sb3_sdac.compilation import Graphed
 from sb3_sdac.diffusion import BETA_SCHEDULES, GaussianDiffusion
 from sb3_sdac.networks import CriticEnsemble, NoisePredictor
 
@@ -472,7 +471,8 @@ class DiffusionPolicy(BasePolicy):
         # The logarithm of the entropy coefficient (alpha or lambda in the paper), kept with the policy since acting may
         # read it. It is set by the algorithm; no gradient ever reaches it.
         self.log_ent_coef = nn.Parameter(th.zeros(()), requires_grad=False)
-        self.recorded_act: Graphed | None = None
+        # `act` recorded by the algorithm, where it has done so
+        self.recorded_act: Callable[..., th.Tensor] | None = None
         self._build(lr_schedule)
 
     @property
@@ -572,11 +572,9 @@ class DiffusionPolicy(BasePolicy):
             return self.act(observation, deterministic)
         return self.recorded_act(observation, deterministic).clone()  # its own is overwritten by the next call
 
-    def record_act(self) -> None:
-        """Let :meth:`_predict` record :meth:`act` as CUDA graphs and replay them. Nothing of it is saved or copied."""
-        first = self.actor.noise_predictor.first.weight
-        # The address is another one after a detour to the CPU
-        self.recorded_act = Graphed(self.act, depends_on=lambda: (self.training, self.exploration_noise, first.data_ptr()))
+    def what_acting_depends_on(self) -> tuple[bool, float, int]:
+        """:return: what :meth:`act` depends on besides its arguments; moved weights have another address"""
+        return self.training, self.exploration_noise, self.actor.noise_predictor.first.weight.data_ptr()
 
     def act(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         """

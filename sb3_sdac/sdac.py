@@ -417,7 +417,7 @@ class SDAC(OffPolicyAlgorithm):
         if self.compile and self.device.type == "cuda":
             optimizers = [self.actor.optimizer, self.critic.optimizer]
             self._run_update = Graphed(self._gather_and_update, optimizers, self._numbers)
-            self.policy.record_act()
+            self.policy.recorded_act = Graphed(self.policy.act, depends_on=self.policy.what_acting_depends_on)
 
     def _numbers(self) -> tuple[Any, ...]:
         """:return: arguments of the constructor as they are now, which a recorded update holds as they were"""

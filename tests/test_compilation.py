@@ -118,6 +118,7 @@ def pretend_cuda(monkeypatch: pytest.MonkeyPatch, model: SDAC) -> None:
     stream = SimpleNamespace(wait_stream=lambda other: None)
     cuda = {"CUDAGraph": Graph, "graph": graph, "synchronize": lambda: None, "Stream": lambda: stream}
     cuda |= {"current_stream": lambda: stream, "stream": lambda stream: nullcontext()}
+    cuda |= {"device": lambda device: nullcontext()}
     for name, value in cuda.items():
         monkeypatch.setattr(compilation.th.cuda, name, value)
     optimizers = [model.actor.optimizer, model.critic.optimizer]
@@ -176,7 +177,7 @@ def test_cuda_graphs_act_as_eager_mode_does(kwargs: dict[str, Any]) -> None:
     """Between updates, which change the weights under them; with the same random numbers, for two sizes in turn."""
     model = make_model("cuda", **kwargs)
     recorded = model.policy.recorded_act
-    assert recorded is not None
+    assert isinstance(recorded, Graphed)
     obs = np.random.RandomState(1).standard_normal((7, 3)).astype(np.float32)
     for i in range(8):
         model.train(3, 32)
@@ -257,13 +258,26 @@ def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) 
         assert th.equal(value, expected)
 
 
-def test_recordings_are_of_one_policy() -> None:
-    """Copies and pickles of it have none."""
+def test_copies_record_anew() -> None:
+    """Themselves, and not what they are copies of."""
     policy = make_model().policy
-    policy.record_act()
-    assert policy.recorded_act is not None
-    assert copy.deepcopy(policy).recorded_act is None
-    assert pickle.loads(pickle.dumps(policy.recorded_act)) is None
+    policy.recorded_act = recorded = Graphed(policy.act, depends_on=policy.what_acting_depends_on)
+    recorded._graphs[()] = (None, [], None)
+    twins: list[Any] = [copy.deepcopy(policy), pickle.loads(pickle.dumps(policy))]
+    for twin in twins:
+        assert twin.recorded_act.function.__self__ is twin.recorded_act.depends_on.__self__ is twin
+        assert not twin.recorded_act._graphs
+    model = make_model()
+    model._run_update = Graphed(model._gather_and_update, [model.actor.optimizer], model._numbers)
+    other: Any = copy.deepcopy(model)
+    assert other._run_update.function.__self__ is other and other._run_update.optimizers == [other.actor.optimizer]
+
+
+def test_what_never_comes_again_is_forgotten() -> None:
+    graphed = Graphed(lambda: None)
+    for i in range(100 * compilation.MAX_GRAPHS + 2):
+        assert not graphed._is_worth_recording(i)
+    assert len(graphed._n_calls) == 1
 
 
 def test_arguments_changed_by_hand_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
