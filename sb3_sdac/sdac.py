@@ -107,7 +107,7 @@ class SDAC(OffPolicyAlgorithm):
     policy and no gradients through the denoising chain.
 
     Paper: https://arxiv.org/abs/2502.00361. Code of the authors: https://github.com/mahaitongdae/diffusion_policy_online_rl.
-    ``SDAC("MlpPolicy", env, **PAPER_SDAC)`` is their configuration; the README says where and why the defaults differ.
+    ``SDAC("MlpPolicy", env, **PAPER_SDAC)`` is their configuration; docs/defaults.md says where and why the defaults differ.
 
     :param policy: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"`` or a subclass of :class:`~sb3_sdac.DiffusionPolicy`
     :param env: the environment to learn from (its id, if registered in Gymnasium); actions must be a ``Box`` with finite
