@@ -84,9 +84,9 @@ def test_runs_resume_and_are_reported(tmp_path: Path, monkeypatch: pytest.Monkey
     assert f"| Pendulum-v1 | SDAC | {score:.0f} | {score:.0f} |" in (tmp_path / "results" / "tiny.md").read_text()
     assert (tmp_path / "results" / "tiny.png").stat().st_size > 10_000
 
-    # A default given by name is the same configuration
+    # A default given by name is the same configuration, and so is what changes the time alone
     configurations = PROTOCOL["configurations"]
-    named = {"SDAC": {**configurations["SDAC"], "tau": 0.005}}  # type: ignore[index]
+    named = {"SDAC": {**configurations["SDAC"], "tau": 0.005, "compile": True}}  # type: ignore[index]
     path.write_text(yaml.safe_dump({**PROTOCOL, "configurations": named}, sort_keys=False))
     finished, *_ = harness.read_protocol(path, tmp_path / "results", tmp_path / "work")
     assert len(finished.read_rows()) == 2
@@ -143,6 +143,16 @@ def test_the_readme_shows_what_is_in_the_result_files(tmp_path: Path, protocol: 
     assert process.returncode == 0, process.stderr
     assert page.read_text() == (ROOT / "README.md").read_text()
     assert (results / f"{protocol}.md").read_text() == (ROOT / "benchmarks" / "results" / f"{protocol}.md").read_text()
+
+
+@pytest.mark.parametrize("protocol", ["short", "long", "ablation"])
+def test_committed_rows_are_of_the_protocols(protocol: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And of today's default, or the command that made them would be refused; trials keep the others."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    path = ROOT / "benchmarks" / f"{protocol}.yml"
+    runs = importlib.import_module("run").read_protocol(path, path.parent / "results", path.parent / "work")
+    committed = {row for row in (path.parent / "results" / protocol).glob("*.csv")}
+    assert {run.results for run in runs if run.read_rows()} == committed
 
 
 def test_a_failed_run_is_reported_and_tried_again(tmp_path: Path) -> None:
