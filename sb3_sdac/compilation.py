@@ -116,7 +116,7 @@ class Graphed:
                     f"compile=False does not try: {error}",
                     stacklevel=2,
                 )
-                return self.function(batch, *flags)
+                return self._on_side_stream(batch, *flags)
         graph, static, output = self._graphs[key]
         for mine, given in zip(static, leaves, strict=True):
             if isinstance(given, th.Tensor):
@@ -136,7 +136,7 @@ class Graphed:
         current, side = th.cuda.current_stream(), th.cuda.Stream()
         side.wait_stream(current)
         with th.cuda.stream(side):
-            output = self.function(batch, *flags)
+            output = _detached(self.function(batch, *flags))
         current.wait_stream(side)
         return output
 
@@ -158,7 +158,12 @@ class Graphed:
             generator.graphsafe_set_state(generator.clone_state())
             raise
         self._pool = graph.pool()
-        return graph, static, pytree.tree_map_only(th.Tensor, th.Tensor.detach, output)
+        return graph, static, _detached(output)
+
+
+def _detached(output: Any) -> Any:
+    """Else it would keep what gradients are accumulated in, and with that the stream of this call."""
+    return pytree.tree_map_only(th.Tensor, th.Tensor.detach, output)
 
 
 def _make_capturable(optimizer: th.optim.Optimizer) -> None:
