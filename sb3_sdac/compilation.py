@@ -85,7 +85,8 @@ class Graphed:
         self._pool: Any = None
         self._fails = False
         for optimizer in optimizers:
-            optimizer.register_state_dict_post_hook(_make_ordinary)
+            # A saved model may be loaded on a machine without CUDA
+            optimizer.register_state_dict_post_hook(lambda _, state_dict: _make_ordinary(state_dict["param_groups"]))
 
     def __reduce__(self) -> Any:
         return Graphed, (self.function, self.optimizers, self.depends_on)
@@ -109,8 +110,10 @@ class Graphed:
                 return self._on_side_stream(batch, *flags)
             try:
                 self._graphs[key] = self._record(leaves, structure, flags)
-            except RuntimeError as error:
+            except Exception as error:  # of CUDA, of an optimizer that cannot be captured, of whatever the function calls
                 self._fails = True
+                for optimizer in self.optimizers:
+                    _make_ordinary(optimizer.param_groups)
                 warnings.warn(
                     "compile='auto' or True: CUDA cannot record this model as a graph, so it runs as it is, and slower; "
                     f"compile=False does not try: {error}",
@@ -151,7 +154,7 @@ class Graphed:
         try:
             with th.cuda.graph(graph, pool=self._pool):
                 output = self.function(pytree.tree_unflatten(static, structure), *flags)
-        except RuntimeError:
+        except Exception:
             # What PyTorch leaves behind: another stream, and a generator that counts for the graph that there is none of
             th.cuda.set_stream(current)
             generator = th.cuda.default_generators[current.device_index]
@@ -167,15 +170,18 @@ def _detached(output: Any) -> Any:
 
 
 def _make_capturable(optimizer: th.optim.Optimizer) -> None:
-    """Numbers that change between updates become tensors, which a graph reads anew each time."""
+    """Numbers that change between updates become tensors on the device, which a graph reads anew each time."""
     for group in optimizer.param_groups:
         group["capturable"] = True
         if not isinstance(group["lr"], th.Tensor):
             group["lr"] = th.tensor(group["lr"], device=group["params"][0].device)
+    for parameter, state in optimizer.state.items():
+        if "step" in state:
+            state["step"] = th.as_tensor(state["step"], dtype=th.float32, device=parameter.device)
 
 
-def _make_ordinary(optimizer: th.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    """For a saved model, which may be loaded on a machine without CUDA."""
-    for group in state_dict["param_groups"]:
+def _make_ordinary(param_groups: list[dict[str, Any]]) -> None:
+    """The other way round, but for the steps, whose device optimizers choose when they load them."""
+    for group in param_groups:
         if isinstance(group["lr"], th.Tensor):
             group.update(lr=group["lr"].item(), capturable=False)

@@ -101,11 +101,14 @@ def pretend_cuda(monkeypatch: pytest.MonkeyPatch, model: SDAC) -> None:
         states += [v for o in (model.actor.optimizer, model.critic.optimizer) for s in o.state.values() for v in s.values()]
         before = [value.clone() for value in states]
         random_state = th.get_rng_state()
-        with recorder.recorder:
-            yield
-        for value, old in zip(states, before, strict=True):
-            value.copy_(old)
-        th.set_rng_state(random_state)
+        try:
+            with recorder.recorder:
+                yield
+        finally:
+            with th.no_grad():
+                for value, old in zip(states, before, strict=True):
+                    value.copy_(old)
+            th.set_rng_state(random_state)
 
     class Graph:
         def __init__(self) -> None:
@@ -115,7 +118,7 @@ def pretend_cuda(monkeypatch: pytest.MonkeyPatch, model: SDAC) -> None:
         def pool(self) -> None:
             return None
 
-    stream = SimpleNamespace(wait_stream=lambda other: None)
+    stream = SimpleNamespace(wait_stream=lambda other: None, device_index=0)
     cuda = {"CUDAGraph": Graph, "graph": graph, "synchronize": lambda: None, "Stream": lambda: stream}
     cuda |= {"current_stream": lambda: stream, "stream": lambda stream: nullcontext()}
     cuda |= {"device": lambda device: nullcontext()}
@@ -239,23 +242,34 @@ def test_cuda_goes_on_without_graphs_where_there_can_be_none() -> None:
 
 
 def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With one warning, and nothing is tried again."""
-    model, eager = make_model(), make_model()
+    """With one warning, and nothing is tried again. AdamW, unless fused, refuses to be capturable where there is no CUDA."""
+    kwargs: dict[str, Any] = {"policy_kwargs": {"optimizer_class": th.optim.AdamW}}
+    model, eager = make_model(**kwargs), make_model(**kwargs)
     pretend_cuda(monkeypatch, model)
-    n_attempts = 0
-
-    def fail(*args: Any) -> None:
-        nonlocal n_attempts
-        n_attempts += 1
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    monkeypatch.setattr(model._run_update, "_record", fail)
-    with pytest.warns(UserWarning, match="runs as it is.*not permitted") as record:
+    monkeypatch.setattr(compilation.th.cuda, "set_stream", lambda stream: None)
+    generator = SimpleNamespace(clone_state=lambda: None, graphsafe_set_state=lambda state: None)
+    monkeypatch.setattr(compilation.th.cuda, "default_generators", {0: generator})
+    with pytest.warns(UserWarning, match="runs as it is.*capturable") as record:
         train(model, 20)
-    assert len(record) == n_attempts == 1
+    assert len(record) == 1 and not model._run_update._graphs  # type: ignore[attr-defined]
     train(eager, 20)
     for value, expected in zip(numbers(model), numbers(eager), strict=True):
         assert th.equal(value, expected)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("optimizer_class", [th.optim.AdamW, th.optim.RMSprop])
+def test_cuda_graphs_of_other_optimizers(optimizer_class: type[th.optim.Optimizer]) -> None:
+    """Their steps were counted on the CPU; a warning would be an error."""
+    kwargs: dict[str, Any] = {"policy_kwargs": {"optimizer_class": optimizer_class}, "learning_rate": 1e-3}
+    eager, graphed = make_model("cuda", compile=False, **kwargs), make_model("cuda", **kwargs)
+    start = [value.clone() for value in numbers(eager)]
+    train(eager, 100)
+    train(graphed, 100)
+    assert graphed._run_update._graphs  # type: ignore[attr-defined]
+    moved = sum((value - old).square().sum().item() for value, old in zip(numbers(eager), start, strict=True))
+    apart = sum((value - other).square().sum().item() for value, other in zip(numbers(eager), numbers(graphed), strict=True))
+    assert moved > 1e-2 and apart < 1e-2 * moved
 
 
 def test_copies_record_anew() -> None:
