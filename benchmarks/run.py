@@ -57,7 +57,7 @@ def config_hash(algo: str, hyperparams: dict[str, Any]) -> str:
     if algo == "sdac":
         defaults = {name: parameter.default for name, parameter in inspect.signature(SDAC).parameters.items()}
         config = {**defaults, **config, "version": ALGORITHM_VERSION}
-        del config["compile"]  # changes the time alone
+        del config["compile"]  # a matter of time, and of rounding
     return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:10]
 
 

@@ -10,7 +10,7 @@ All algorithms have 3x256 networks (CrossQ its own, too) and take turns in one p
 else the machine does meets them alike; the table holds medians, and ratios to SAC of the same turn. Learning is
 with 5 environments and one update per step of all five. The first update's time and the peak memory are those of a process
 of its own, which makes a model and one update: with ``compile=True`` once without and once with what the compiler keeps
-on disk; of many cores half run such processes side by side.
+on disk. Where there are more than three cores, half of them run these processes side by side.
 
 Writes ``benchmarks/results/speed_<env>_<device>.json`` and its Markdown table beside it, or with ``--sweep``
 ``sweep_<env>_<device>.png``: update time against N, K, T, sampling steps, batch size, action dimension, and time per step

@@ -4,6 +4,7 @@ host to gather its batch.
 """
 
 from functools import reduce
+from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,19 +18,21 @@ from sb3_sdac.policies import is_count
 
 #: SB3's ways to draw a batch that are rows drawn alike and then ``_get_samples``
 _DRAWN_ALIKE = (ReplayBuffer.sample, DictReplayBuffer.sample)
+#: Numbers for :class:`BatchIndices`
+_ARRAYS = count()
 ARRAYS = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
 
 
-class Located(NamedTuple):
+class BatchIndices(NamedTuple):
     """
     Where a batch of B transitions lies in a :class:`DeviceReplayBuffer`.
 
-    :param indices: rows, environments, and the row written last, B times; int64 on the device, shape (3, B)
-    :param address: of the buffer's arrays, so that a recording is of one buffer
+    :param indices: rows, environments, and B times the row written last; int64 on the device, shape (3, B)
+    :param arrays: a number that stands for the buffer's arrays, another one when they have moved
     """
 
     indices: th.Tensor
-    address: int
+    arrays: int
 
 
 class DeviceReplayBuffer(NStepReplayBuffer):
@@ -98,6 +101,7 @@ class DeviceReplayBuffer(NStepReplayBuffer):
     @device.setter
     def device(self, device: th.device) -> None:
         self._device = th.device(device)
+        self._arrays = next(_ARRAYS)
         vars(self).update({name: value.to(device) for name, value in vars(self).items() if isinstance(value, th.Tensor)})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -128,7 +132,7 @@ class DeviceReplayBuffer(NStepReplayBuffer):
     def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> ReplayBufferSamples:
         return self.gather(self.locate(batch_inds), env)
 
-    def locate(self, batch_inds: np.ndarray) -> Located:
+    def locate(self, batch_inds: np.ndarray) -> BatchIndices:
         """
         The first half of sampling, all that the host has to do.
 
@@ -138,17 +142,17 @@ class DeviceReplayBuffer(NStepReplayBuffer):
         env_indices = np.random.randint(0, self.n_envs, size=len(batch_inds))  # after batch_inds, as SB3 draws them
         newest = np.full_like(batch_inds, (self.pos - 1) % self.buffer_size)
         indices = np.stack([batch_inds, env_indices, newest]).astype(np.int64)
-        return Located(self._to_device(indices), self.observations.data_ptr())
+        return BatchIndices(self._to_device(indices), self._arrays)
 
-    def gather(self, located: Located, env: VecNormalize | None = None) -> ReplayBufferSamples:
+    def gather(self, indices: BatchIndices, env: VecNormalize | None = None) -> ReplayBufferSamples:
         """
         The other half, all on the device; without ``env`` nothing comes from the host.
 
-        :param located: from :meth:`locate`
+        :param indices: from :meth:`locate`
         :param env: what normalises observations and rewards, if anything does
         :return: B transitions
         """
-        rows, envs, newest = located.indices  # (B,) each
+        rows, envs, newest = indices.indices  # (B,) each
         steps = (rows.unsqueeze(1) + th.arange(self.n_steps, device=self.device)) % self.buffer_size  # (B, n)
         taken = steps, envs.unsqueeze(1)
         # What follows the row written last is not its future, but empty or the oldest there is
@@ -214,7 +218,7 @@ def sample_recent(
 
 def locate_recent(
     buffer: ReplayBuffer, batch_size: int, recency: float, env: VecNormalize | None = None
-) -> ReplayBufferSamples | Located:
+) -> ReplayBufferSamples | BatchIndices:
     """
     :func:`sample_recent` that leaves it to the caller to gather the batch, where that needs nothing from the host.
 

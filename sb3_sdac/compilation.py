@@ -4,43 +4,51 @@ What costs less than PyTorch's eager mode: a compiled function, and whole update
 Neither knows what it speeds up, and neither is ever part of a saved model.
 """
 
+import threading
 import warnings
+import weakref
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch as th
 from torch.utils import _pytree as pytree
 
-#: Calls made as they are before one is recorded, so that optimizers, libraries and the compiler have set themselves up
+#: Calls made as they are before one is captured, so that optimizers, libraries and the compiler have set themselves up
 WARM_UP = 3
-#: What comes in more shapes than this is not worth the memory
+#: Graphs kept; when there is another one, the oldest goes
 MAX_GRAPHS = 32
 
 
-def compiled(function: Callable[..., th.Tensor]) -> Callable[..., th.Tensor]:
+class Compiled:
     """
     ``torch.compile`` at the first call; where that fails (no C++ compiler) one warning, and the function as it is.
 
     :param function: of tensors whose shapes hardly ever change, as each new one is compiled anew
-    :return: the same, faster
     """
-    active: Callable[..., th.Tensor] | None = None
 
-    def call(*args: th.Tensor) -> th.Tensor:
-        nonlocal active
-        if active is not None:
-            return active(*args)
+    def __init__(self, function: Callable[..., th.Tensor]):
+        self.function = function
+        self._active: Callable[..., th.Tensor] | None = None
+
+    def __reduce__(self) -> Any:
+        return Compiled, (self.function,)
+
+    def __call__(self, *args: th.Tensor) -> th.Tensor:
+        """
+        :param args: the function's
+        :return: what it returns
+        """
+        if self._active is not None:
+            return self._active(*args)
         try:
-            fast = th.compile(function, dynamic=False)  # not before: this alone imports for seconds
+            fast = th.compile(self.function, dynamic=False)  # not before: this alone imports for seconds
             result = fast(*args)
-            active = fast
+            self._active = fast
         except Exception as error:  # of many types; one of the function itself comes again in the next line
-            result = function(*args)
-            active = function
+            result = self.function(*args)
+            self._active = self.function
             warnings.warn(f"compile=True: torch.compile fails here, the function runs as it is: {error!r}", stacklevel=2)
         return result
-
-    return call
 
 
 def set_learning_rate(optimizer: th.optim.Optimizer, learning_rate: float) -> None:
@@ -57,39 +65,62 @@ def set_learning_rate(optimizer: th.optim.Optimizer, learning_rate: float) -> No
 
 class Graphed:
     """
-    A function of tensors, recorded once as a CUDA graph and replayed from then on: one launch instead of hundreds.
+    A function of tensors, captured once as a CUDA graph and replayed from then on: one launch instead of hundreds.
 
     The function must do all its work on the device, read no number back, and change nothing but tensors in place. What else it
-    depends on, it is called with as ``flags``, or it comes from ``depends_on``; each combination is recorded when it has come
-    a few times. A function that cannot be recorded runs as it is from then on, after a warning. After PyTorch's notes on CUDA
-    semantics, "Whole-network capture".
+    depends on, it is called with as ``flags``, or ``key`` tells; each combination is captured when it has come a few times. A
+    function that cannot be captured runs as it is from then on, after a warning. After PyTorch's notes on CUDA semantics,
+    "Whole-network capture".
 
-    Copied or pickled it has no recordings: they are of one process and of the tensors they were made with.
+    Copied or pickled it has no graphs: they are of one process and of the tensors they were captured with.
 
     :param function: called with a batch (tensors in tuples and dicts) and the flags, returns tensors
     :param optimizers: all that step inside it, made capturable here; their saved state is that of ordinary ones
-    :param depends_on: numbers and the like that a recording holds as they were
+    :param key: tells the numbers and the like that a graph holds as they were
     """
+
+    #: All there are, for :meth:`_clean_up`
+    _live: ClassVar["weakref.WeakSet[Graphed]"] = weakref.WeakSet()
 
     def __init__(
         self,
         function: Callable[..., Any],
         optimizers: Sequence[th.optim.Optimizer] = (),
-        depends_on: Callable[[], Hashable] = tuple,
+        key: Callable[[], Hashable] = tuple,
     ):
         self.function = function
         self.optimizers = optimizers
-        self.depends_on = depends_on
+        self.key = key
         self._graphs: dict[Hashable, tuple[Any, list[Any], Any]] = {}
         self._n_calls: dict[Hashable, int] = {}
         self._pool: Any = None
-        self._fails = False
+        self._stream: Any = None
+        self._failed: Any = None
+        self._lock = threading.Lock()
+        self._live.add(self)
         for optimizer in optimizers:
             # A saved model may be loaded on a machine without CUDA
             optimizer.register_state_dict_post_hook(lambda _, state_dict: _make_ordinary(state_dict["param_groups"]))
+            optimizer.register_load_state_dict_post_hook(lambda _: self.clear())
 
     def __reduce__(self) -> Any:
-        return Graphed, (self.function, self.optimizers, self.depends_on)
+        return Graphed, (self.function, self.optimizers, self.key)
+
+    def clear(self) -> None:
+        """Forget all graphs; what comes again is captured anew."""
+        self._graphs.clear()
+        self._pool = None
+
+    def copied(self, batch: Any, *flags: Hashable) -> Any:
+        """
+        As a call, but from any thread, and what it returns is the caller's for good.
+
+        :param batch: see :meth:`__call__`
+        :param flags: see :meth:`__call__`
+        :return: what the function returns
+        """
+        with self._lock:
+            return pytree.tree_map_only(th.Tensor, th.Tensor.clone, self(batch, *flags))
 
     def __call__(self, batch: Any, *flags: Hashable) -> Any:
         """
@@ -98,70 +129,78 @@ class Graphed:
         :return: what the function returns; valid until the next call
         """
         leaves, structure = pytree.tree_flatten(batch)
-        with th.cuda.device(next(leaf.device for leaf in leaves if isinstance(leaf, th.Tensor))):
-            return self._replay(leaves, structure, flags)
-
-    def _replay(self, leaves: list[Any], structure: Any, flags: tuple[Hashable, ...]) -> Any:
-        shapes = ((leaf.shape, leaf.dtype) if isinstance(leaf, th.Tensor) else leaf for leaf in leaves)
-        key = (flags, self.depends_on(), *shapes)
-        if key not in self._graphs:
-            batch = pytree.tree_unflatten(leaves, structure)
-            if not self._is_worth_recording(key):
-                return self._on_side_stream(batch, *flags)
-            try:
-                self._graphs[key] = self._record(leaves, structure, flags)
-            except Exception as error:  # of CUDA, of an optimizer that cannot be captured, of whatever the function calls
-                self._fails = True
-                for optimizer in self.optimizers:
-                    _make_ordinary(optimizer.param_groups)
-                warnings.warn(
-                    "compile='auto' or True: CUDA cannot record this model as a graph, so it runs as it is, and slower; "
-                    f"compile=False does not try: {error}",
-                    stacklevel=2,
-                )
-                return self._on_side_stream(batch, *flags)
-        graph, static, output = self._graphs[key]
-        for mine, given in zip(static, leaves, strict=True):
-            if isinstance(given, th.Tensor):
-                mine.copy_(given)
-        graph.replay()
+        tensors = [leaf for leaf in leaves if isinstance(leaf, th.Tensor)]
+        others = [leaf for leaf in leaves if not isinstance(leaf, th.Tensor)]
+        if self._failed or not tensors or not all(isinstance(leaf, (int, float, str, type(None))) for leaf in others):
+            return self.function(batch, *flags)
+        # The structure for the order of the keys of a dict
+        key = (flags, self.key(), repr(structure), *others, *((leaf.shape, leaf.dtype) for leaf in tensors))
+        with th.cuda.device(tensors[0].device):
+            if key not in self._graphs:
+                self._stream = self._stream or th.cuda.Stream()
+                if not self._has_come_before(key):
+                    return self._warm_up(batch, flags)
+                try:
+                    self._capture(key, leaves, structure, flags)
+                except Exception as error:  # of CUDA, of an optimizer that is not capturable, of whatever the function calls
+                    warnings.warn(
+                        "compile='auto' or True: CUDA cannot capture this model as a graph, so it runs as it is, and slower; "
+                        f"compile=False does not try: {error}",
+                        stacklevel=2,
+                    )
+                    return self.function(batch, *flags)
+            graph, static, output = self._graphs[key]
+            for mine, given in zip(static, leaves, strict=True):
+                if isinstance(given, th.Tensor):
+                    mine.copy_(given)
+            graph.replay()
         return output
 
-    def _is_worth_recording(self, key: Hashable) -> bool:
-        """When it has come before, and there is room."""
+    def _has_come_before(self, key: Hashable) -> bool:
         if len(self._n_calls) > 100 * MAX_GRAPHS:  # of a number that is another one each time
             self._n_calls.clear()
         self._n_calls[key] = self._n_calls.get(key, 0) + 1
-        return self._n_calls[key] > WARM_UP and len(self._graphs) < MAX_GRAPHS and not self._fails
+        return self._n_calls[key] > WARM_UP
 
-    def _on_side_stream(self, batch: Any, *flags: Hashable) -> Any:
-        # Recording happens on another stream than the default one, so what is set up lazily has to be set up for that
-        current, side = th.cuda.current_stream(), th.cuda.Stream()
-        side.wait_stream(current)
-        with th.cuda.stream(side):
+    def _warm_up(self, batch: Any, flags: tuple[Hashable, ...]) -> Any:
+        # On the stream that captures, so that what is set up lazily is set up for that
+        current = th.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with th.cuda.stream(self._stream):
             output = _detached(self.function(batch, *flags))
-        current.wait_stream(side)
+        current.wait_stream(self._stream)
         return output
 
-    def _record(self, leaves: list[Any], structure: Any, flags: tuple[Hashable, ...]) -> tuple[Any, list[Any], Any]:
+    def _capture(self, key: Hashable, leaves: list[Any], structure: Any, flags: tuple[Hashable, ...]) -> None:
+        if len(self._graphs) == MAX_GRAPHS:
+            oldest = next(iter(self._graphs))
+            del self._graphs[oldest]
+            self._n_calls.pop(oldest, None)
         for optimizer in self.optimizers:
             _make_capturable(optimizer)
-        static = [leaf.clone() if isinstance(leaf, th.Tensor) else leaf for leaf in leaves]
-        for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)  # the gradients are to be in the graph's own memory
-        th.cuda.synchronize()
+        static = [leaf.clone() if isinstance(leaf, th.Tensor) else leaf for leaf in leaves]
         graph, current = th.cuda.CUDAGraph(), th.cuda.current_stream()
         try:
-            with th.cuda.graph(graph, pool=self._pool):
+            with th.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 output = self.function(pytree.tree_unflatten(static, structure), *flags)
         except Exception:
-            # What PyTorch leaves behind: another stream, and a generator that counts for the graph that there is none of
-            th.cuda.set_stream(current)
-            generator = th.cuda.default_generators[current.device_index]
-            generator.graphsafe_set_state(generator.clone_state())
+            self._clean_up(graph, current)
             raise
         self._pool = graph.pool()
-        return graph, static, _detached(output)
+        self._graphs[key] = graph, static, _detached(output)
+
+    def _clean_up(self, graph: Any, current: Any) -> None:
+        """What PyTorch leaves behind when a capture fails."""
+        self._failed = graph  # kept, as the allocator goes on asking it
+        th.cuda.set_stream(current)
+        # The generator counts for the graph that there is none of. Graphs captured before draw from the one replaced here
+        generator = th.cuda.default_generators[current.device_index]
+        generator.graphsafe_set_state(generator.clone_state())
+        for graphed in self._live:
+            graphed.clear()
+        for optimizer in self.optimizers:
+            _make_ordinary(optimizer.param_groups)
 
 
 def _detached(output: Any) -> Any:

@@ -172,7 +172,7 @@ class DeterministicActor(nn.Module):
             observations are a Dict
         :return: actions in the action space, shape (B, *action_space.shape)
         """
-        return self._unscale(self.policy._predict(self._prepare(obs), deterministic=True))
+        return self._unscale(self.policy.act(self._prepare(obs), deterministic=True))
 
     def candidates(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
         """

@@ -471,8 +471,8 @@ class DiffusionPolicy(BasePolicy):
         # The logarithm of the entropy coefficient (alpha or lambda in the paper), kept with the policy since acting may
         # read it. It is set by the algorithm; no gradient ever reaches it.
         self.log_ent_coef = nn.Parameter(th.zeros(()), requires_grad=False)
-        # `act` recorded by the algorithm, where it has done so
-        self.recorded_act: Callable[..., th.Tensor] | None = None
+        self.captured_act: Callable[..., th.Tensor] | None = None  # `act`, see `_predict`
+        self._n_moves = 0
         self._build(lr_schedule)
 
     @property
@@ -562,19 +562,25 @@ class DiffusionPolicy(BasePolicy):
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         """
-        :meth:`act`, by a recording of it where the algorithm has put one.
+        :meth:`act`, captured where the algorithm has done so.
 
         :param observation: observations
         :param deterministic: make the action a function of the observation alone
         :return: actions in [-1, 1], shape (B, A)
         """
-        if self.recorded_act is None or self.device.type != "cuda" or th.is_grad_enabled():
+        # A graph holds the modes it was captured in
+        other_mode = th.is_grad_enabled() or th.is_inference_mode_enabled() or th.is_autocast_enabled(self.device.type)
+        if self.captured_act is None or self.device.type != "cuda" or other_mode:
             return self.act(observation, deterministic)
-        return self.recorded_act(observation, deterministic).clone()  # its own is overwritten by the next call
+        return self.captured_act(observation, deterministic)
 
-    def what_acting_depends_on(self) -> tuple[bool, float, int]:
-        """:return: what :meth:`act` depends on besides its arguments; moved weights have another address"""
-        return self.training, self.exploration_noise, self.actor.noise_predictor.first.weight.data_ptr()
+    def graph_key(self) -> tuple[bool, float, int]:
+        """:return: what :meth:`act` depends on besides its arguments, and a captured update, too"""
+        return self.training, self.exploration_noise, self._n_moves
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "DiffusionPolicy":
+        self._n_moves += 1  # what is captured uses the parameters where they were
+        return super()._apply(*args, **kwargs)
 
     def act(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         """

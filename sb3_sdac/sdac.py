@@ -1,6 +1,5 @@
 """The algorithm: from transitions to TD targets, score targets and a better diffusion policy."""
 
-import inspect
 import io
 import json
 import pathlib
@@ -34,8 +33,8 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from torch import nn
 
 from sb3_sdac import score_matching as sm
-from sb3_sdac.buffers import DeviceReplayBuffer, Located, fits_on_device, locate_recent, sample_recent
-from sb3_sdac.compilation import Graphed, compiled, set_learning_rate
+from sb3_sdac.buffers import BatchIndices, DeviceReplayBuffer, fits_on_device, locate_recent, sample_recent
+from sb3_sdac.compilation import Compiled, Graphed, set_learning_rate
 from sb3_sdac.diffusion import BETA_SCHEDULES
 from sb3_sdac.networks import denormals_flushed
 from sb3_sdac.policies import Actor, CnnPolicy, Critic, DiffusionPolicy, MlpPolicy, MultiInputPolicy, is_count
@@ -182,10 +181,10 @@ class SDAC(OffPolicyAlgorithm):
         the critics' features extractor and hidden layers in it where they learn; ``"auto"`` where the processor has such
         instructions (CPUs with AVX512-BF16 or AMX, CUDA devices). Acting, what the critics give, losses, weights and
         optimizers stay float32
-    :param compile: ``"auto"``: on CUDA record whole updates and predictions as CUDA graphs, each then one launch instead of
-        hundreds. True: also compile the denoising step of the updates with ``torch.compile`` (half a minute the first time;
-        needs a C++ compiler, on CUDA Triton), which pays with many particles, as in the paper's configuration, and not with
-        the defaults. False: neither. Nothing of it is in a saved model
+    :param compile: ``"auto"``: on CUDA capture whole updates and predictions as CUDA graphs, each then one launch instead of
+        hundreds. True: also compile the denoising step of the updates with ``torch.compile`` (up to half a minute the first
+        time; needs a C++ compiler, on CUDA Triton), which on a CPU pays with many particles, as in the paper's configuration,
+        and not with the defaults. False: neither. Nothing of it is in a saved model
     :param use_sde: not supported, must be False; here so that whoever comes from SAC is told so
     :param sde_sample_freq: goes with ``use_sde``, without effect
     :param stats_window_size: episodes over which the logged success rate, length and reward are averaged
@@ -413,16 +412,18 @@ class SDAC(OffPolicyAlgorithm):
         self._run_update: Callable[..., dict[str, th.Tensor]] = self._update
         if self.compile is True:
             # One denoising step, not the loop, which would be compiled for every step of it
-            self._noise_predictor = compiled(self.actor.noise_predictor)
+            self._noise_predictor = Compiled(self.actor.noise_predictor)
+        self.policy.captured_act = None
         if self.compile and self.device.type == "cuda":
             optimizers = [self.actor.optimizer, self.critic.optimizer]
-            self._run_update = Graphed(self._gather_and_update, optimizers, self._numbers)
-            self.policy.recorded_act = Graphed(self.policy.act, depends_on=self.policy.what_acting_depends_on)
+            self._run_update = Graphed(self._gather_and_update, optimizers, self._graph_key)
+            self.policy.captured_act = Graphed(self.policy.act, key=self.policy.graph_key).copied
 
-    def _numbers(self) -> tuple[Any, ...]:
-        """:return: arguments of the constructor as they are now, which a recorded update holds as they were"""
-        values = (getattr(self, name, None) for name in _ARGUMENTS)
-        return (self.policy.exploration_noise, *(value for value in values if isinstance(value, (int, float, str))))
+    def _graph_key(self) -> tuple[Any, ...]:
+        """:return: what a captured update holds as it was, should somebody change it by hand"""
+        names = ["gamma", "tau", "ent_coef", "target_ess", "reward_scale", "n_reverse_samples", "n_target_particles"]
+        names += ["score_matching", "proposal", "anchor", "clip_target_actions", "critic_steps", "pessimism"]
+        return (*self.policy.graph_key(), self.critic.pessimism, *(getattr(self, name) for name in names))
 
     def _setup_temperature(self) -> None:
         """
@@ -479,7 +480,7 @@ class SDAC(OffPolicyAlgorithm):
         """
         # Switch to train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
-        draw = locate_recent if isinstance(self._run_update, Graphed) else sample_recent  # a recording gathers faster
+        draw = locate_recent if isinstance(self._run_update, Graphed) else sample_recent  # a graph gathers faster
 
         for _ in range(gradient_steps):
             step_actor = self._n_updates % self.policy_delay == 0
@@ -505,7 +506,7 @@ class SDAC(OffPolicyAlgorithm):
 
     def _gather_and_update(self, batch: Any, step_actor: bool, step_targets: bool) -> dict[str, th.Tensor]:
         """:meth:`_update`, of a batch or of what says where it lies in the replay buffer."""
-        if isinstance(batch, Located):
+        if isinstance(batch, BatchIndices):
             assert isinstance(self.replay_buffer, DeviceReplayBuffer)
             batch = self.replay_buffer.gather(batch)
         return self._update(batch, step_actor, step_targets)
@@ -1048,9 +1049,6 @@ class SDAC(OffPolicyAlgorithm):
             value = getattr(self, name)
             if not is_valid(value):
                 raise ValueError(f"{name} must be {allowed}, got {value!r}")
-
-
-_ARGUMENTS = tuple(inspect.signature(SDAC).parameters)
 
 
 def _is_number(value: Any) -> bool:

@@ -18,7 +18,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_sdac import SDAC, buffers, sdac
-from sb3_sdac.buffers import ARRAYS, DeviceReplayBuffer, Located, fits_on_device, locate_recent, sample_recent
+from sb3_sdac.buffers import ARRAYS, BatchIndices, DeviceReplayBuffer, fits_on_device, locate_recent, sample_recent
 from sb3_sdac.checkpoint import load_checkpoint, save_checkpoint
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
@@ -155,7 +155,7 @@ def test_located_batches_are_the_same(n_steps: int | None) -> None:
         fill([reference, buffer], 8, seed)
         np.random.seed(0)
         located = locate_recent(buffer, 64, 2.0)
-        assert isinstance(located, Located)
+        assert isinstance(located, BatchIndices)
         np.random.seed(0)
         expected = sample_recent(reference, 64, 2.0)._asdict()
         batch = buffer.gather(located)._asdict()

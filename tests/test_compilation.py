@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb3_sdac import PAPER_DPMD, PAPER_SDAC, SDAC, compilation
 from sb3_sdac.buffers import ARRAYS, DeviceReplayBuffer
-from sb3_sdac.compilation import WARM_UP, Graphed, compiled, set_learning_rate
+from sb3_sdac.compilation import MAX_GRAPHS, WARM_UP, Compiled, Graphed, set_learning_rate
 
 #: Of its own doing, when the compiler is imported
 torch_warns = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
@@ -96,7 +96,7 @@ def pretend_cuda(monkeypatch: pytest.MonkeyPatch, model: SDAC) -> None:
     """Graphs that are recorders. Recording a real one does nothing, so here its effects are undone."""
 
     @contextmanager
-    def graph(recorder: Any, pool: Any) -> Iterator[None]:
+    def graph(recorder: Any, pool: Any, stream: Any) -> Iterator[None]:
         states = [*numbers(model), model.q_running_mean, model.q_running_std, model.reward_statistics]
         states += [v for o in (model.actor.optimizer, model.critic.optimizer) for s in o.state.values() for v in s.values()]
         before = [value.clone() for value in states]
@@ -125,7 +125,7 @@ def pretend_cuda(monkeypatch: pytest.MonkeyPatch, model: SDAC) -> None:
     for name, value in cuda.items():
         monkeypatch.setattr(compilation.th.cuda, name, value)
     optimizers = [model.actor.optimizer, model.critic.optimizer]
-    model._run_update = Graphed(model._gather_and_update, optimizers, model._numbers)
+    model._run_update = Graphed(model._gather_and_update, optimizers, model._graph_key)
 
 
 @CONFIGURATIONS
@@ -179,21 +179,21 @@ def test_cuda_learns_what_there_is_to_learn() -> None:
 def test_cuda_graphs_act_as_eager_mode_does(kwargs: dict[str, Any]) -> None:
     """Between updates, which change the weights under them; with the same random numbers, for two sizes in turn."""
     model = make_model("cuda", **kwargs)
-    recorded = model.policy.recorded_act
-    assert isinstance(recorded, Graphed)
+    captured = model.policy.captured_act
+    assert captured is not None
     obs = np.random.RandomState(1).standard_normal((7, 3)).astype(np.float32)
     for i in range(8):
         model.train(3, 32)
         for deterministic in (True, False):
             for batch in (obs, obs[:2]):
                 actions = []
-                for act in (recorded, None):
-                    model.policy.recorded_act = act
+                for act in (captured, None):
+                    model.policy.captured_act = act
                     th.manual_seed(i)
                     actions.append(model.predict(batch, deterministic=deterministic)[0])
                 np.testing.assert_allclose(actions[0], actions[1], rtol=1e-4, atol=1e-4)
-                model.policy.recorded_act = recorded
-    assert len(recorded._graphs) == 4
+                model.policy.captured_act = captured
+    assert len(captured.__self__._graphs) == 4  # type: ignore[attr-defined]
     assert not np.array_equal(model.predict(obs)[0], model.predict(obs)[0])  # explores anew each time
 
 
@@ -212,6 +212,8 @@ def test_cuda_graphs_notice_what_changes_by_hand() -> None:
     for _ in range(5):
         np.testing.assert_allclose(model.predict(obs, deterministic=True)[0], expected, rtol=1e-4, atol=1e-4)
     for _ in range(5):
+        with th.inference_mode():
+            model.predict(obs)
         model.predict(obs)
     model.policy.exploration_noise = 1e3
     assert (np.abs(model.predict(np.zeros((64, 3), np.float32))[0]) == 2).mean() > 0.9
@@ -230,10 +232,10 @@ def test_cuda_goes_on_without_graphs_where_there_can_be_none() -> None:
     """One warning for updates and one for acting; everything as with ``compile=False``, random numbers included."""
     kwargs: dict[str, Any] = {"policy_kwargs": {"features_extractor_class": ReadsBack}}
     model, eager = make_model("cuda", **kwargs), make_model("cuda", compile=False, **kwargs)
-    with pytest.warns(UserWarning, match="CUDA cannot record") as record:
+    with pytest.warns(UserWarning, match="CUDA cannot capture") as record:
         train(model, 20)
         actions = [model.predict(np.ones((2, 3), np.float32))[0] for _ in range(8)]
-    assert len([warning for warning in record if "CUDA cannot record" in str(warning.message)]) == 2
+    assert len([warning for warning in record if "CUDA cannot capture" in str(warning.message)]) == 2
     train(eager, 20)
     for action in actions:
         np.testing.assert_allclose(action, eager.predict(np.ones((2, 3), np.float32))[0], rtol=1e-3, atol=1e-3)
@@ -275,22 +277,75 @@ def test_cuda_graphs_of_other_optimizers(optimizer_class: type[th.optim.Optimize
 def test_copies_record_anew() -> None:
     """Themselves, and not what they are copies of."""
     policy = make_model().policy
-    policy.recorded_act = recorded = Graphed(policy.act, depends_on=policy.what_acting_depends_on)
-    recorded._graphs[()] = (None, [], None)
+    graphed = Graphed(policy.act, key=policy.graph_key)
+    graphed._graphs[()] = (None, [], None)
+    policy.captured_act = graphed.copied
     twins: list[Any] = [copy.deepcopy(policy), pickle.loads(pickle.dumps(policy))]
     for twin in twins:
-        assert twin.recorded_act.function.__self__ is twin.recorded_act.depends_on.__self__ is twin
-        assert not twin.recorded_act._graphs
+        own = twin.captured_act.__self__
+        assert own.function.__self__ is own.key.__self__ is twin and not own._graphs
     model = make_model()
-    model._run_update = Graphed(model._gather_and_update, [model.actor.optimizer], model._numbers)
+    model._run_update = Graphed(model._gather_and_update, [model.actor.optimizer], model._graph_key)
     other: Any = copy.deepcopy(model)
     assert other._run_update.function.__self__ is other and other._run_update.optimizers == [other.actor.optimizer]
 
 
+def test_copies_compile_their_own_networks() -> None:
+    model = make_model(compile=True)
+    twin = copy.deepcopy(model)
+    assert twin._noise_predictor.function is twin.actor.noise_predictor  # type: ignore[attr-defined]
+
+
+def test_graphs_are_of_one_structure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal shapes in another order, and what is no tensor, are something else; what has no tensors at all is not captured."""
+    pretend_cuda(monkeypatch, make_model())
+    graphed = Graphed(lambda batch: batch["a"] - batch["b"])
+    a, b = th.tensor(5.0), th.tensor(3.0)
+    batches: list[Any] = [{"a": a, "b": b}, {"b": b, "a": a}, {"a": a, "b": 3}, {"a": a, "b": 4}]
+    for batch in batches:
+        for _ in range(WARM_UP + 2):
+            assert graphed(batch) == a - batch["b"]
+    assert len(graphed._graphs) == 4
+    assert graphed({"a": np.ones(2), "b": 0}).sum() == 2 and graphed({"a": a, "b": np.float64(2)}) == 3
+    assert len(graphed._graphs) == 4
+
+
+def test_the_oldest_graph_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_cuda(monkeypatch, make_model())
+    monkeypatch.setattr(compilation, "MAX_GRAPHS", 2)
+    graphed = Graphed(lambda x: x + 1)
+    for size in (1, 2, 3, 1):
+        for _ in range(WARM_UP + 2):
+            assert th.equal(graphed(th.zeros(size)), th.ones(size))
+    assert [static[0].shape for _, static, _ in graphed._graphs.values()] == [(3,), (1,)]
+
+
+def test_copies_for_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_cuda(monkeypatch, make_model())
+    graphed = Graphed(lambda x: x + 1)
+    kept = [graphed.copied(th.tensor(float(i))) for i in range(8)]
+    assert kept == list(range(1, 9))
+
+
+def test_what_is_moved_or_loaded_is_captured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that went elsewhere and came back, and another state of the optimizers."""
+    model = make_model(policy_delay=1)
+    pretend_cuda(monkeypatch, model)
+    graphed: Any = model._run_update
+    train(model, 10)
+    model.policy.to("cpu")
+    train(model, 10)
+    assert len(graphed._graphs) == 2
+    model.critic.optimizer.load_state_dict(model.critic.optimizer.state_dict())
+    assert not graphed._graphs
+    train(model, 2)
+    assert graphed._graphs
+
+
 def test_what_never_comes_again_is_forgotten() -> None:
     graphed = Graphed(lambda: None)
-    for i in range(100 * compilation.MAX_GRAPHS + 2):
-        assert not graphed._is_worth_recording(i)
+    for i in range(100 * MAX_GRAPHS + 2):
+        assert not graphed._has_come_before(i)
     assert len(graphed._n_calls) == 1
 
 
@@ -421,7 +476,7 @@ def test_an_error_of_the_function_itself_is_not_hidden() -> None:
     def function(x: th.Tensor) -> th.Tensor:
         raise KeyError("mine")
 
-    call = compiled(function)
+    call = Compiled(function)
     for _ in range(2):
         with pytest.raises(Exception, match="mine"):
             call(th.zeros(1))
