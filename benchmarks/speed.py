@@ -199,7 +199,8 @@ def table(results: dict[str, dict[str, list[float]]], first: dict[str, dict[str,
         for key, values in figures.items():
             ratios = [value / sac for value, sac in zip(values, results["SAC"][key], strict=True)]
             if key == "learn":  # a rate, not a time
-                cells.append(f"{1 / statistics.median(values):.3g} ({1 / statistics.median(ratios):.2f})")
+                rate = 1 / statistics.median(values)
+                cells.append(f"{rate:.{0 if rate > 100 else 2}f} ({1 / statistics.median(ratios):.2f})")
             else:
                 median = 1e3 * statistics.median(values)
                 cells.append(f"{median:.0f} ms" if median > 100 else f"{median:.3g} ms")
