@@ -93,6 +93,7 @@ def make_models(seed: int, learning_starts: int = 5000) -> dict[str, OffPolicyAl
         "reward_scale": 0.2,
         "n_steps": 1,
         "replay_recency": 1.0,
+        "n_bins": 1,
         "beta_schedule": "linear",
     }
     return {
