@@ -1,7 +1,8 @@
 """
 What should not matter: the unit of the rewards, and the number of environments at equal steps and updates.
 
-    python benchmarks/invariance.py --steps 60000 --jobs 2
+    python benchmarks/invariance.py --jobs 2                                  # one seed
+    python benchmarks/invariance.py --seeds 0 1 2 3 4 --jobs 8 --device cuda
 
 SDAC's default on one environment: with all rewards times 0.01, 1 and 100 from five environments, and from 1
 and 16 environments, with 0.2 updates per environment step (3 per 16: 0.19). Evaluations of 10 deterministic episodes with the
@@ -34,13 +35,14 @@ VARIANTS: dict[str, tuple[float, int, dict[str, int]]] = {
 }
 
 
-def train(variant: str, env_id: str, seed: int, steps: int, eval_freq: int) -> list[dict[str, Any]]:
+def train(variant: str, env_id: str, seed: int, steps: int, eval_freq: int, device: str) -> list[dict[str, Any]]:
     """
     :param variant: one of ``VARIANTS``
     :param env_id: the environment
     :param seed: of the run
     :param steps: environment steps
     :param eval_freq: environment steps from one evaluation to the next
+    :param device: for the networks
     :return: a row per evaluation
     """
     th.set_num_threads(1)
@@ -53,7 +55,7 @@ def train(variant: str, env_id: str, seed: int, steps: int, eval_freq: int) -> l
     scaled = functools.partial(gym.wrappers.TransformReward, func=lambda reward: factor * float(reward))
     env = make_vec_env(env_id, n_envs, seed, wrapper_class=scaled)
     eval_env = make_vec_env(env_id, 10, 1_000_000 + seed)
-    arguments: dict[str, Any] = {"learning_starts": 5000, "buffer_size": steps, "seed": seed, "device": "cpu", **schedule}
+    arguments: dict[str, Any] = {"learning_starts": 5000, "buffer_size": steps, "seed": seed, "device": device, **schedule}
     model = SDAC("MlpPolicy", env, **arguments)
     rows = []
     for milestone in range(eval_freq, steps + 1, eval_freq):
@@ -70,11 +72,12 @@ def main() -> None:
     """Run what is missing and add its rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", default="HalfCheetah-v5")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=60_000)
     parser.add_argument("--eval-freq", type=int, default=20_000)
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda to let the runs share a GPU")
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
     if RESULTS.exists():
@@ -83,9 +86,9 @@ def main() -> None:
     if any(row["config"] != CONFIG for row in rows):
         raise ValueError(f"{RESULTS} holds runs of another default, not to be compared with today's: move it away")
     done = {(row["variant"], row["env"], int(row["seed"])) for row in rows}
-    todo = [variant for variant in args.only if (variant, args.env, args.seed) not in done]
+    todo = [(variant, args.env, seed) for seed in args.seeds for variant in args.only if (variant, args.env, seed) not in done]
     parallel = joblib.Parallel(n_jobs=args.jobs, batch_size=1, return_as="generator_unordered")
-    for new in parallel(joblib.delayed(train)(variant, args.env, args.seed, args.steps, args.eval_freq) for variant in todo):
+    for new in parallel(joblib.delayed(train)(*run, args.steps, args.eval_freq, args.device) for run in todo):
         rows += new
         with RESULTS.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
