@@ -140,7 +140,7 @@ def first_update(name: str, env_id: str, device: str, threads: int) -> None:
     model = make_model(name, env_id, device)
     model.train(1, 256)
     duration = time.perf_counter() - start
-    model.train(1 if device == "cpu" else 20, 256)  # with what is recorded
+    model.train(1 if device == "cpu" else 20, 256)  # so that graphs are captured, and count
     peak = (
         th.cuda.max_memory_reserved() / 2**20
         if device == "cuda"

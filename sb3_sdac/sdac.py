@@ -421,9 +421,11 @@ class SDAC(OffPolicyAlgorithm):
 
     def _graph_key(self) -> tuple[Any, ...]:
         """:return: what a captured update holds as it was, should somebody change it by hand"""
-        names = ["gamma", "tau", "ent_coef", "target_ess", "reward_scale", "n_reverse_samples", "n_target_particles"]
-        names += ["score_matching", "proposal", "anchor", "clip_target_actions", "critic_steps", "pessimism"]
-        return (*self.policy.graph_key(), self.critic.pessimism, *(getattr(self, name) for name in names))
+        # Not self.pessimism, nor self.exploration_noise: networks and policy have their own
+        numbers = self.gamma, self.tau, self.target_ess, self.reward_scale, self.ent_coef, self.critic.pessimism
+        counts = self.n_reverse_samples, self.n_target_particles, self.critic_steps
+        kinds = self.score_matching, self.proposal, self.anchor, self.clip_target_actions
+        return *self.policy.graph_key(), *numbers, *counts, *kinds
 
     def _setup_temperature(self) -> None:
         """
