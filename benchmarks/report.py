@@ -6,7 +6,8 @@ Tables and pictures of a protocol's runs, from the rows that ``run.py`` left.
 
 Writes ``<results>/<protocol>.md``: scores per environment and seed, ratios to SAC, and over all environments the interquartile
 mean and the probability that SDAC beats each of the others (Agarwal et al. 2021, "Deep RL at the edge of the statistical
-precipice", with their library rliable). And ``<results>/<protocol>.png``: learning curves, against steps and wall-clock time.
+precipice", with their library rliable). And learning curves, ``<results>/<protocol>.png`` against steps and
+``<results>/<protocol>_time.png`` against wall-clock time (if there is more than one configuration).
 Bands are 95 % bootstrap intervals over seeds; with two seeds they say little, so every seed's score is in the table.
 
 A protocol of one configuration has nothing to compare: scores alone. One with a ``reference`` is an ablation of that
@@ -139,30 +140,32 @@ def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return values.mean(axis=0), low, high
 
 
-def plot(rows: pd.DataFrame, order: list[str], path: Path) -> None:
+def plot(rows: pd.DataFrame, order: list[str], path: Path, against_time: bool) -> None:
     """
     :param rows: see :func:`read_results`
     :param order: configurations in the order of the protocol
     :param path: of the picture
+    :param against_time: minutes of training instead of environment steps
     """
     envs = list(rows["env"].drop_duplicates())
-    figure, axes = plt.subplots(2, max(len(envs), 2), figsize=(4.2 * max(len(envs), 2), 7), squeeze=False)
-    colours = {name: f"C{i}" for i, name in enumerate(order)}
-    for column, env in enumerate(envs):
-        for name in order:
+    figure, axes = plt.subplots(1, len(envs), figsize=(max(4.2 * len(envs), 6), 3.9), squeeze=False, layout="constrained")
+    lines = {}
+    for axis, env in zip(axes[0], envs, strict=True):
+        for i, name in enumerate(order):
             runs = rows[(rows["env"] == env) & (rows["configuration"] == name)]
             if runs.empty:
                 continue
             curves = runs.pivot_table(index="seed", columns="env_steps", values="return").dropna(axis=1)
             mean, low, high = interval(curves.to_numpy())
-            axes[0, column].plot(curves.columns / 1000, mean, color=colours[name], label=f"{name} ({len(curves)})")
-            axes[0, column].fill_between(curves.columns / 1000, low, high, color=colours[name], alpha=0.2, linewidth=0)
-            minutes = runs.pivot_table(index="seed", columns="env_steps", values="wall_time")[curves.columns].mean() / 60
-            axes[1, column].plot(minutes, mean, color=colours[name])
-        axes[0, column].set(title=env, xlabel="environment steps, in thousands", ylabel="mean return of an evaluation")
-        axes[1, column].set(xlabel="minutes of training", ylabel="mean return of an evaluation")
-        axes[0, column].legend(fontsize=8, title="configuration (seeds)", title_fontsize=8)
-    figure.tight_layout()
+            x = curves.columns / 1000
+            if against_time:
+                x = runs.pivot_table(index="seed", columns="env_steps", values="wall_time")[curves.columns].mean() / 60
+            (lines[name],) = axis.plot(x, mean, color=f"C{i}")
+            axis.fill_between(x, low, high, color=f"C{i}", alpha=0.2, linewidth=0)
+        axis.set(title=env, xlabel="minutes of training" if against_time else "environment steps, in thousands")
+    axes[0, 0].set(ylabel="mean return of an evaluation")
+    names = [name for name in order if name in lines]
+    figure.legend([lines[name] for name in names], names, loc="outside lower center", ncols=min(len(names), 5))
     figure.savefig(path, dpi=80)
     plt.close(figure)
 
@@ -231,7 +234,9 @@ def main() -> None:
     text += f"Made by `python benchmarks/report.py {args.protocol}`.\n\n{tables}"
     target = args.results / f"{args.protocol.stem}.md"
     target.write_text(text)
-    plot(rows, order, target.with_suffix(".png"))
+    plot(rows, order, target.with_suffix(".png"), against_time=False)
+    if len(order) > 1:
+        plot(rows, order, target.with_name(f"{target.stem}_time.png"), against_time=True)
     if args.into is not None:
         insert(text, args.protocol.stem, args.into)
     print(text)
