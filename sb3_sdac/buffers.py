@@ -3,6 +3,8 @@ Which transitions are replayed, and a replay buffer that lives where the network
 host to gather its batch.
 """
 
+import copy
+import warnings
 from functools import reduce
 from itertools import count
 from typing import Any, NamedTuple
@@ -13,6 +15,7 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_sdac.policies import is_count
 
@@ -39,8 +42,8 @@ class DeviceReplayBuffer(NStepReplayBuffer):
     """
     SB3's ``ReplayBuffer`` and ``NStepReplayBuffer`` with their arrays as tensors on ``device``, under the same names.
 
-    Rows R = buffer_size // n_envs, at least 1. With the same seed of NumPy the batches are those of SB3's buffers. Unpickled
-    or deep-copied, it is on the CPU until its ``device`` is set, as ``load_replay_buffer`` does.
+    Rows R = buffer_size // n_envs, at least 1. With the same seed of NumPy the batches are those of SB3's buffers. Unpickled,
+    it is on the CPU until its ``device`` is set, as ``load_replay_buffer`` does.
 
     :param buffer_size: transitions, summed over all environments
     :param observation_space: anything but a ``Dict``
@@ -90,8 +93,20 @@ class DeviceReplayBuffer(NStepReplayBuffer):
         for name in ARRAYS:
             row = th.from_numpy(getattr(self._row, name))
             setattr(self, name, th.zeros((self.buffer_size, *row.shape[1:]), dtype=row.dtype, device=self.device))
+
+    @property
+    def gamma(self) -> float:
+        """Discount factor inside the returns; may be set."""
+        return self._gamma
+
+    @gamma.setter
+    def gamma(self, gamma: float) -> None:
+        if gamma == vars(self).get("_gamma"):
+            return
+        self._gamma = gamma
         # By NumPy, from whose powers PyTorch's may differ in the last bit
-        self._discounts = self._to_device(gamma ** np.arange(n_steps + 1, dtype=np.float32))  # (n_steps + 1,)
+        self._discounts = self._to_device(gamma ** np.arange(self.n_steps + 1, dtype=np.float32))  # (n_steps + 1,)
+        self._arrays = next(_ARRAYS)
 
     @property
     def device(self) -> th.device:
@@ -108,6 +123,12 @@ class DeviceReplayBuffer(NStepReplayBuffer):
         # Of the CPU, so that it can be read where there is no CUDA
         state = {name: value.cpu() if isinstance(value, th.Tensor) else value for name, value in vars(self).items()}
         return {**state, "_device": th.device("cpu")}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DeviceReplayBuffer":
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        copied._arrays = next(_ARRAYS)
+        return copied
 
     def add(
         self,
@@ -233,6 +254,26 @@ def locate_recent(
     return buffer.locate(_recent_rows(buffer, batch_size, recency))
 
 
+def cut_off_episodes(buffer: ReplayBuffer) -> None:
+    """
+    End the episodes under way, as by a time limit, because the environments are reset without the buffer being told: what is
+    added next is not what followed.
+
+    :param buffer: of SB3's kinds or of this module's; one that may be empty
+    """
+    if buffer.size() == 0:
+        return
+    newest = buffer.pos - 1
+    if isinstance(buffer, HerReplayBuffer):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # which says that this is done
+            buffer.truncate_last_trajectory()
+    elif isinstance(buffer, NStepReplayBuffer):
+        buffer.timeouts[newest][buffer.dones[newest] == 0] = 1
+    elif buffer.optimize_memory_usage:
+        buffer.dones[newest] = 1  # its next observation is overwritten by the first of the new episode
+
+
 def _draws_itself(buffer: ReplayBuffer, recency: float) -> bool:
     return recency == 1 or getattr(buffer.sample, "__func__", None) not in _DRAWN_ALIKE
 
@@ -240,6 +281,8 @@ def _draws_itself(buffer: ReplayBuffer, recency: float) -> bool:
 def _recent_rows(buffer: ReplayBuffer, batch_size: int, recency: float) -> np.ndarray:
     # With observations stored once the oldest row's is overwritten (stable-baselines3, pull request 28)
     n_rows = buffer.size() - (buffer.optimize_memory_usage and buffer.full)
+    if n_rows == 0:
+        raise ValueError("The replay buffer is empty, there is nothing to learn from yet: call learn(), or add transitions")
     ages = (n_rows * np.random.random_sample(batch_size) ** recency).astype(np.int64)
     return (buffer.pos - 1 - ages) % buffer.buffer_size
 

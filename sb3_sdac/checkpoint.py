@@ -11,6 +11,7 @@ import io
 import json
 import os
 import random
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -24,7 +25,7 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_sdac.buffers import ARRAYS, DeviceReplayBuffer
+from sb3_sdac.buffers import ARRAYS, DeviceReplayBuffer, cut_off_episodes
 from sb3_sdac.sdac import SDAC
 
 _VERSION = 4
@@ -43,22 +44,29 @@ def save_checkpoint(model: OffPolicyAlgorithm, path: str | Path) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".new")
-    with temporary.open("wb") as file:
-        # Stored, not compressed: the file is as large as what the buffer holds, and written as fast as the disk allows
-        with zipfile.ZipFile(file, "w") as archive:
-            zipped = io.BytesIO()
-            model.save(zipped)
-            archive.writestr("model.zip", zipped.getvalue())
-            state: dict[str, Any] = {"version": _VERSION, "algorithm": type(model).__name__, "random": _random_state(model)}
-            if model.replay_buffer is not None:
-                state["replay_buffer"] = _save_buffer(model.replay_buffer, archive)
-            normalize = model.get_vec_normalize_env()
-            if normalize is not None:
-                _save_normalize(normalize, archive)
-            archive.writestr("state.json", json.dumps(state))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            # Stored, not compressed: the file is as large as what the buffer holds, and written as fast as the disk allows
+            with zipfile.ZipFile(file, "w") as archive:
+                _write(model, archive)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write(model: OffPolicyAlgorithm, archive: zipfile.ZipFile) -> None:
+    zipped = io.BytesIO()
+    model.save(zipped)
+    archive.writestr("model.zip", zipped.getvalue())
+    state: dict[str, Any] = {"version": _VERSION, "algorithm": type(model).__name__, "random": _random_state(model)}
+    if model.replay_buffer is not None:
+        state["replay_buffer"] = _save_buffer(model.replay_buffer, archive)
+    normalize = model.get_vec_normalize_env()
+    if normalize is not None:
+        _save_normalize(normalize, archive)
+    archive.writestr("state.json", json.dumps(state))
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -201,6 +209,7 @@ def _load_buffer(buffer: ReplayBuffer, state: dict[str, Any], archive: zipfile.Z
             saved = np.lib.format.read_array(cast(BinaryIO, file), allow_pickle=False)
         array[: len(saved)] = th.from_numpy(saved) if isinstance(array, th.Tensor) else saved
     buffer.pos, buffer.full = state["pos"], state["full"]
+    cut_off_episodes(buffer)  # the environments start anew
 
 
 def _statistics(normalize: VecNormalize) -> dict[str, RunningMeanStd]:
@@ -246,12 +255,36 @@ def _random_state(model: OffPolicyAlgorithm) -> dict[str, Any]:
         "numpy": [np.asarray(keys).tolist(), int(pos), int(has_gauss), float(gauss)],
         "torch": th.get_rng_state().tolist(),
         "cuda": th.cuda.get_rng_state(model.device).tolist() if model.device.type == "cuda" else None,
-        "action_space": model.action_space.np_random.bit_generator.state,
+        "action_space": _generator_state(model.action_space.np_random),
         "envs": [],
     }
     if model.env is not None and model.env.has_attr("np_random"):
-        state["envs"] = [generator.bit_generator.state for generator in model.env.get_attr("np_random")]
+        state["envs"] = [_generator_state(generator) for generator in model.env.get_attr("np_random")]
     return state
+
+
+def _generator_state(generator: Any) -> dict[str, Any] | None:
+    """For :func:`_set_generator_state`, as what JSON has; None with a warning if it is none of NumPy's Generators."""
+    if not isinstance(generator, np.random.Generator):
+        warnings.warn(
+            f"An environment's np_random is {type(generator).__name__} and not NumPy's Generator: its state is not in the "
+            "checkpoint, so a resumed run does not go on bit by bit",
+            stacklevel=2,
+        )
+        return None
+    state: dict[str, Any] = json.loads(json.dumps(generator.bit_generator.state, default=lambda array: array.tolist()))
+    return state
+
+
+def _set_generator_state(generator: np.random.Generator, state: dict[str, Any]) -> None:
+    """Where the bit generator had arrays, NumPy wants arrays."""
+
+    def restored(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: restored(part) for key, part in value.items()}
+        return np.array(value, dtype=np.uint64) if isinstance(value, list) else value
+
+    generator.bit_generator.state = restored(state)
 
 
 def _set_random_state(model: OffPolicyAlgorithm, state: dict[str, Any]) -> None:
@@ -262,11 +295,13 @@ def _set_random_state(model: OffPolicyAlgorithm, state: dict[str, Any]) -> None:
     th.set_rng_state(th.tensor(state["torch"], dtype=th.uint8))
     if state["cuda"] is not None and model.device.type == "cuda":
         th.cuda.set_rng_state(th.tensor(state["cuda"], dtype=th.uint8), model.device)
-    model.action_space.np_random.bit_generator.state = state["action_space"]
+    _set_generator_state(model.action_space.np_random, state["action_space"])
     assert model.env is not None
     if state["envs"]:
         model.env.unwrapped._reset_seeds()  # loading has left them seeds for their next reset
     for i, env_state in enumerate(state["envs"]):
+        if env_state is None:
+            continue
         (generator,) = model.env.get_attr("np_random", i)
-        generator.bit_generator.state = env_state  # in a process of its own it is a copy, so it is sent back
+        _set_generator_state(generator, env_state)  # in a process of its own it is a copy, so it is sent back
         model.env.set_attr("np_random", generator, i)

@@ -17,7 +17,15 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.type_aliases import PyTorchObs
-from stable_baselines3.common.vec_env import VecNormalize, VecTransposeImage
+from stable_baselines3.common.vec_env import (
+    VecCheckNan,
+    VecEnv,
+    VecEnvWrapper,
+    VecMonitor,
+    VecNormalize,
+    VecTransposeImage,
+    VecVideoRecorder,
+)
 from torch import nn
 
 from sb3_sdac.networks import EnsembleLinear
@@ -100,6 +108,22 @@ class _Input(nn.Module):
         return th.as_tensor(drawn)
 
 
+def _check_wrappers(env: VecEnv | None, normalize: VecNormalize) -> None:
+    """
+    :param env: the model's environment
+    :param normalize: the VecNormalize in it
+    :raises ValueError: if something around that may change what the policy gets
+    """
+    while env is not normalize and isinstance(env, VecEnvWrapper):
+        if not isinstance(env, (VecCheckNan, VecMonitor, VecTransposeImage, VecVideoRecorder)):
+            raise ValueError(
+                f"{type(env).__name__} stands outside VecNormalize and may change the observations that it gives, which would "
+                "not be in the file: train with VecNormalize outermost. If it leaves them alone, say so with "
+                "vec_normalize=model.get_vec_normalize_env()"
+            )
+        env = env.venv
+
+
 class DeterministicActor(nn.Module):
     """
     ``model.predict(obs, deterministic=True)`` and what surrounds it, as a module: raw observations in, actions out.
@@ -112,7 +136,8 @@ class DeterministicActor(nn.Module):
 
     :param model: trained SDAC; acts with the averaged actor if it has one
     :param vec_normalize: statistics to normalise with; None for those of the model's environment, if it has any
-    :raises ValueError: if the model is of another algorithm, or its observations have no form in ONNX
+    :raises ValueError: if the model is of another algorithm, its observations have no form in ONNX, or its environment has a
+        wrapper outside VecNormalize that may change them
     """
 
     low: th.Tensor
@@ -122,7 +147,11 @@ class DeterministicActor(nn.Module):
         super().__init__()
         if not isinstance(model, SDAC):
             raise ValueError(f"Only a model of SDAC can be exported here, got {type(model).__name__}")
-        normalize = model.get_vec_normalize_env() if vec_normalize is None else vec_normalize
+        normalize = vec_normalize
+        if normalize is None:
+            normalize = model.get_vec_normalize_env()
+            if normalize is not None:
+                _check_wrappers(model.env, normalize)
         if normalize is not None and not normalize.norm_obs:
             normalize = None
         if normalize is not None:

@@ -261,8 +261,9 @@ def load_official(
     policy_kwargs = {**PAPER_SDAC["policy_kwargs"], **(kwargs.pop("policy_kwargs", None) or {})}
     arguments: dict[str, Any] = {**PAPER_SDAC, **kwargs, "beta_schedule": beta_schedule}
     own = {"net_arch", "n_critics", "features_extractor_class"} & policy_kwargs.keys()
-    if own or arguments["batch_norm"]:
-        raise ValueError(f"The file says what the networks are: leave {', '.join(sorted(own)) or 'batch_norm'} out")
+    own |= {name for name in ("batch_norm", "n_bins") if arguments[name] != PAPER_SDAC[name]}
+    if own:
+        raise ValueError(f"The file says what the networks are: leave {', '.join(sorted(own))} out")
     policy_kwargs["net_arch"] = {
         "pi": [len(bias) for _, bias in params.actor[2:-1]],
         "qf": [len(bias) for _, bias in params.q1[:-1]],

@@ -622,9 +622,20 @@ class DiffusionPolicy(BasePolicy):
         """
         if mode == self.training == self.actor.training == self.critic.training:
             return  # as on nearly every prediction, where going through all modules would cost as much as two denoising steps
-        self.actor.set_training_mode(mode)
-        self.critic.set_training_mode(mode)
-        self.training = mode
+        self.train(mode)
+
+    def train(self, mode: bool = True) -> "DiffusionPolicy":
+        """
+        As :meth:`set_training_mode`.
+
+        :param mode: whether to train
+        :return: the policy
+        """
+        super().train(mode)
+        for target in (self.actor_target, self.critic_target):
+            if target is not None:
+                target.eval()
+        return self
 
 
 MlpPolicy = DiffusionPolicy

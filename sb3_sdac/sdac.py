@@ -10,7 +10,8 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
@@ -33,7 +34,14 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from torch import nn
 
 from sb3_sdac import score_matching as sm
-from sb3_sdac.buffers import BatchIndices, DeviceReplayBuffer, fits_on_device, locate_recent, sample_recent
+from sb3_sdac.buffers import (
+    BatchIndices,
+    DeviceReplayBuffer,
+    cut_off_episodes,
+    fits_on_device,
+    locate_recent,
+    sample_recent,
+)
 from sb3_sdac.compilation import Compiled, Graphed, set_learning_rate
 from sb3_sdac.diffusion import BETA_SCHEDULES
 from sb3_sdac.networks import denormals_flushed
@@ -49,6 +57,8 @@ DEFAULT_N_STEPS = 2
 REWARD_RMS, REWARD_MAX = 0.2, 2.0
 #: The least that 1 - gamma counts as where it says how large values can be
 MIN_DISCOUNTING = 1e-4
+#: Updates after which metrics are fetched from another device than the CPU, if no log asked for them before
+RECORD_INTERVAL = 1000
 #: Moving average of Q's mean and standard deviation in the mirror-descent loss (official DPMD)
 Q_STATISTICS_RATE = 1e-3
 #: The paper's temperature: start, learning rate and interval in updates (official SDAC)
@@ -123,10 +133,10 @@ class SDAC(OffPolicyAlgorithm):
     :param action_noise: further noise added to the actions, cf. ``stable_baselines3.common.noise``
     :param replay_buffer_class: replay buffer, for instance ``HerReplayBuffer``; ``None`` for SB3's, or on CUDA
         :class:`~sb3_sdac.buffers.DeviceReplayBuffer` where it can be used and takes at most half of the GPU's free memory
-    :param replay_buffer_kwargs: its keyword arguments
+    :param replay_buffer_kwargs: its keyword arguments; without a class of your own not ``n_steps`` and ``gamma``, which are here
     :param optimize_memory_usage: store observations once instead of twice, at the cost of more complexity
     :param n_steps: length of n-step returns; ``None`` for 2, or 1 where SB3 has none: with observations that are a ``Dict``,
-        ``optimize_memory_usage`` or a ``replay_buffer_class`` of your own
+        ``optimize_memory_usage`` or a ``replay_buffer_class`` of your own (what it came to is ``replay_buffer.n_steps``)
     :param replay_recency: k, at least 1: how much more often recent transitions are replayed. Half of each batch comes from
         the newest 1 / 2^k of the replay buffer; with 1 all are drawn alike (the paper), as they are by a buffer with a
         ``sample`` of its own such as ``HerReplayBuffer`` (:func:`~sb3_sdac.buffers.sample_recent`)
@@ -323,7 +333,6 @@ class SDAC(OffPolicyAlgorithm):
         self.mixed_precision = mixed_precision
         self.compile = compile
         self._saved_ent_coef = ent_coef  # what it was when the model was saved, should `load` change it
-        self._automatic_buffer: type[ReplayBuffer] | None = None  # what replay_buffer_class=None came to
         self._n_actor_updates = 0
         self._metrics: dict[str, tuple[th.Tensor | float, int]] = {}
 
@@ -332,31 +341,26 @@ class SDAC(OffPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         self._check_arguments()
-        self._setup_n_steps()
-        # What the policy must know to act travels in its keyword arguments; those that the user gave are kept apart, as
-        # `load` compares them
-        policy_kwargs, buffer_size = self.policy_kwargs, self.buffer_size
-        # The largest value that there can be, with "auto" for the scale of the rewards
-        max_value = REWARD_MAX / max(1 - self.gamma, MIN_DISCOUNTING)
-        self.policy_kwargs = {"max_value": max_value, **policy_kwargs, **self._diffusion_kwargs()}
+        # SB3 gets what the arguments come to here; kept, compared by `load` and saved are the arguments themselves, so that
+        # what was left open is chosen anew on another device, or with other arguments
+        names = ["policy_kwargs", "n_steps", "replay_buffer_class", "replay_buffer_kwargs", "buffer_size"]
+        given = {name: getattr(self, name) for name in names}
+        self.replay_buffer_class, self.replay_buffer_kwargs = self._choose_buffer()
+        if given["replay_buffer_class"] is None or self.n_steps is None:
+            self.n_steps = 1  # the buffer has its own, and SB3 would warn that it ignores this one
+        # What the policy must know to act travels in its keyword arguments. A SAC that shares them has put use_sde there
+        policy_kwargs = {name: value for name, value in self.policy_kwargs.items() if name != "use_sde"}
+        self.policy_kwargs = {"max_value": self._max_value(), **policy_kwargs, **self._diffusion_kwargs()}
         acting_only = self.env is None and self.replay_buffer is None  # loaded without an environment: see set_env
-        automatic_buffer = self.replay_buffer_class is None
-        on_device = (
-            automatic_buffer
-            and not self.optimize_memory_usage
-            and fits_on_device(self.device, buffer_size, self.observation_space, self.action_space, self.n_envs)
-        )
-        if acting_only or on_device:
+        if acting_only:
             self.buffer_size = self.n_envs
         super()._setup_model()
-        self.policy_kwargs, self.buffer_size = policy_kwargs, buffer_size
-        if on_device:  # not before: given a class, SB3 would warn that it ignores n_steps
-            self.replay_buffer_class = DeviceReplayBuffer
-            self.replay_buffer_kwargs = {**self.replay_buffer_kwargs, "n_steps": self.n_steps, "gamma": self.gamma}
-        if automatic_buffer:
-            self._automatic_buffer = self.replay_buffer_class
-        if acting_only or on_device:
-            self.replay_buffer = None if acting_only else self._make_replay_buffer()
+        vars(self).update(given)
+        if acting_only:
+            self.replay_buffer = None
+        else:
+            assert self.replay_buffer is not None
+            self.replay_buffer.device = self.device  # if it comes from a file
         self._create_aliases()
         # Running statistics, of batch normalisation and of the features, are copied, not averaged, see SB3's issue 996
         self.batch_norm_stats, self.batch_norm_stats_target = [], []
@@ -378,28 +382,25 @@ class SDAC(OffPolicyAlgorithm):
         self.q_running_mean = th.zeros((), device=self.device)
         self.q_running_std = th.ones((), device=self.device)
 
-    def _setup_n_steps(self) -> None:
-        """The length of the returns and the class of the replay buffer for it, where they were left open."""
-        # What was chosen before the model was saved is chosen anew: here may be another device, and given SB3's own choice
-        # SB3 would warn that it ignores n_steps
-        if self.replay_buffer_class is self._automatic_buffer:
-            self.replay_buffer_class = None
-            kwargs = self.replay_buffer_kwargs
-            self.replay_buffer_kwargs = {name: kwargs[name] for name in kwargs if name not in ("n_steps", "gamma")}
-        if self.n_steps is None:
-            own = self.replay_buffer_class is not None or self.optimize_memory_usage  # type: ignore[unreachable]
-            self.n_steps = 1 if own or isinstance(self.observation_space, spaces.Dict) else DEFAULT_N_STEPS
+    def _choose_buffer(self) -> tuple[type[ReplayBuffer], dict[str, Any]]:
+        """:return: class and keyword arguments of the replay buffer; what was left open as it suits the other arguments"""
+        if self.replay_buffer_class is not None:
+            return self.replay_buffer_class, self.replay_buffer_kwargs
+        is_dict = isinstance(self.observation_space, spaces.Dict)
+        n_steps = self.n_steps
+        if n_steps is None:
+            n_steps = 1 if is_dict or self.optimize_memory_usage else DEFAULT_N_STEPS  # type: ignore[unreachable]
+        kwargs = {**self.replay_buffer_kwargs, "n_steps": n_steps, "gamma": self.gamma}
+        on_device = fits_on_device(self.device, self.buffer_size, self.observation_space, self.action_space, self.n_envs)
+        if on_device and not self.optimize_memory_usage:
+            return DeviceReplayBuffer, kwargs
+        if n_steps > 1:
+            return NStepReplayBuffer, kwargs
+        return DictReplayBuffer if is_dict else ReplayBuffer, self.replay_buffer_kwargs
 
-    def _make_replay_buffer(self) -> ReplayBuffer:
-        return self.replay_buffer_class(  # type: ignore[misc]
-            self.buffer_size,
-            self.observation_space,
-            self.action_space,
-            device=self.device,
-            n_envs=self.n_envs,
-            optimize_memory_usage=self.optimize_memory_usage,
-            **self.replay_buffer_kwargs,
-        )
+    def _max_value(self) -> float:
+        """:return: the largest value that there can be in scaled rewards, with ``"auto"`` for their scale"""
+        return REWARD_MAX / max(1 - self.gamma, MIN_DISCOUNTING)
 
     def _diffusion_kwargs(self) -> dict[str, Any]:
         names = ["n_diffusion_steps", "n_sampling_steps", "eta", "init_noise_scale", "beta_schedule", "n_particles"]
@@ -482,6 +483,8 @@ class SDAC(OffPolicyAlgorithm):
         """
         # Switch to train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
+        if self.replay_buffer_class is None and isinstance(self.replay_buffer, NStepReplayBuffer):
+            self.replay_buffer.gamma = self.gamma  # should somebody have changed it
         draw = locate_recent if isinstance(self._run_update, Graphed) else sample_recent  # a graph gathers faster
 
         for _ in range(gradient_steps):
@@ -501,6 +504,8 @@ class SDAC(OffPolicyAlgorithm):
                 self._step_paper_temperature(self._target_entropy)
             self._n_actor_updates += step_actor
             self._n_updates += 1
+            if self.device.type == "cpu" or self._n_updates % RECORD_INTERVAL == 0:
+                self._record_metrics()
 
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("train/learning_rate", self._actor_learning_rate())
@@ -582,7 +587,7 @@ class SDAC(OffPolicyAlgorithm):
 
     def _track(self, **metrics: th.Tensor) -> None:
         """
-        Add to the sums whose means the next log shows; they stay on the device, so that no update waits for it.
+        Add to the sums whose means are logged; they stay on the device, so that no update waits for it.
 
         :param metrics: scalars by their logged name, after ``train/``
         """
@@ -590,20 +595,30 @@ class SDAC(OffPolicyAlgorithm):
             total, count = self._metrics.get(name, (0.0, 0))
             self._metrics[name] = total + value.detach(), count + 1
 
-    def dump_logs(self) -> None:
-        """Write the log, with the means of the training metrics since the last one."""
-        means = {name: float(total) / count for name, (total, count) in self._metrics.items()}
-        for name, mean in means.items():
-            self.logger.record(f"train/{name}", mean)
+    def _record_metrics(self) -> None:
+        """Hand the sums to the logger, as means over all updates since its last dump."""
+        for name, (total, count) in self._metrics.items():
+            key = f"train/{name}"
+            n_before = self.logger.name_to_count[key]
+            mean = (n_before * self.logger.name_to_value[key] + float(total)) / (n_before + count)
+            self.logger.record(key, mean)
+            self.logger.name_to_count[key] = n_before + count
         self._metrics = {}
-        bins = self.critic.q_networks.bins
-        if bins is not None and means.get("targets_out_of_range", 0) > 0:
+        if self.logger.name_to_value.get("train/targets_out_of_range", 0) > 0:
+            assert self.critic.q_networks.bins is not None
+            advice = "reward_scale='auto', a smaller reward_scale, policy_kwargs=dict(max_value=...) or n_bins=1"
+            if self.reward_scale == "auto":
+                advice = "a new model for this gamma, or with a larger policy_kwargs=dict(max_value=...)"
             warnings.warn(
-                f"{means['targets_out_of_range']:.1%} of the TD targets since the last log lie beyond "
-                f"{bins.support[-1]:g} in size, the largest value that the critics can give, and count as that: use "
-                f"reward_scale='auto', a smaller one than {self.reward_scale}, policy_kwargs=dict(max_value=...) or n_bins=1",
+                "There are TD targets (train/targets_out_of_range is their share) that lie beyond "
+                f"{self.critic.q_networks.bins.support[-1]:g} in size, the largest value that the critics can give, and count "
+                f"as that: use {advice}",
                 stacklevel=2,
             )
+
+    def dump_logs(self) -> None:
+        """Write the log, with the means of the training metrics since the last one."""
+        self._record_metrics()
         super().dump_logs()
 
     def _critic_outputs(self, replay_data: ReplayBufferSamples, next_actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
@@ -809,6 +824,18 @@ class SDAC(OffPolicyAlgorithm):
             progress_bar=progress_bar,
         )
 
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:
+        if (reset_num_timesteps or self._last_obs is None) and self.replay_buffer is not None:
+            cut_off_episodes(self.replay_buffer)  # SB3 is about to reset the environments
+        return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -867,7 +894,16 @@ class SDAC(OffPolicyAlgorithm):
         """
         super().set_env(env, force_reset)
         if self.replay_buffer is None:
-            self.replay_buffer = self._make_replay_buffer()
+            buffer_class, kwargs = self._choose_buffer()
+            self.replay_buffer = buffer_class(
+                self.buffer_size,
+                self.observation_space,
+                self.action_space,
+                device=self.device,
+                n_envs=self.n_envs,
+                optimize_memory_usage=self.optimize_memory_usage,
+                **kwargs,
+            )
 
     @staticmethod
     def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
@@ -935,6 +971,14 @@ class SDAC(OffPolicyAlgorithm):
             if model.ent_coef != "auto":  # which is where "auto" goes on from
                 model._setup_temperature()
             model._saved_ent_coef = model.ent_coef
+        bins = model.critic.q_networks.bins
+        if bins is not None and bins.support[-1] < 0.999 * model.critic.max_value:
+            warnings.warn(
+                f"The critics in {path} give values up to {bins.support[-1]:g} (in scaled rewards) and count larger ones as "
+                f"that, but with gamma={model.gamma} there may be values up to {model.critic.max_value:g}. Train a new model "
+                "if train/targets_out_of_range rises above 0",
+                stacklevel=2,
+            )
         return model
 
     def set_parameters(
@@ -981,15 +1025,6 @@ class SDAC(OffPolicyAlgorithm):
                 "use_sde=True is not supported: a diffusion policy has no Gaussian whose noise could depend on the state. "
                 "Leave it False; exploration_noise and action_noise set how SDAC explores."
             )
-        needs_env = self.replay_buffer_class is not None and issubclass(self.replay_buffer_class, HerReplayBuffer)
-        if needs_env and self.env is None:
-            raise ValueError("This model learns with HerReplayBuffer, which needs the environment: load it with env=...")
-        for name in self._diffusion_kwargs():
-            if name in self.policy_kwargs:
-                given = f"policy_kwargs={{{name!r}: {self.policy_kwargs[name]!r}}}"
-                raise ValueError(
-                    f"{name} is an argument of SDAC itself, not of its policy: give {name}=... instead of {given}"
-                )
         counts = ["n_diffusion_steps", "n_sampling_steps", "n_particles", "policy_delay", "target_update_interval"]
         counts += ["critic_steps", "batch_size", "buffer_size"]
         self._check(is_count, "an integer of at least 1", *counts)
@@ -1045,6 +1080,32 @@ class SDAC(OffPolicyAlgorithm):
             raise ValueError(
                 "ent_coef='paper' is made from the exploration noise's entropy: exploration_noise must be positive"
             )
+        self._check_policy_and_buffer()
+
+    def _check_policy_and_buffer(self) -> None:
+        """
+        Check what the arguments of the policy and of the replay buffer may be.
+
+        :raises ValueError: says what was given and what is allowed
+        """
+        misplaced = [("policy_kwargs", self.policy_kwargs, list(self._diffusion_kwargs()))]
+        if self.replay_buffer_class is None:
+            misplaced.append(("replay_buffer_kwargs", self.replay_buffer_kwargs, ["n_steps", "gamma"]))
+            one_step = isinstance(self.observation_space, spaces.Dict) or self.optimize_memory_usage
+            if one_step and self.n_steps is not None and self.n_steps > 1:
+                raise ValueError(
+                    f"n_steps must be 1 or None with Dict observations or optimize_memory_usage=True, got {self.n_steps}: SB3 "
+                    "has no n-step returns for these"
+                )
+        elif issubclass(self.replay_buffer_class, HerReplayBuffer) and self.env is None:
+            raise ValueError("This model learns with HerReplayBuffer, which needs the environment: load it with env=...")
+        for where, kwargs, names in misplaced:
+            for name in names:
+                if name in kwargs:
+                    given = f"{where}={{{name!r}: {kwargs[name]!r}}}"
+                    raise ValueError(f"{name} is an argument of SDAC itself: give {name}=... instead of {given}")
+        if self.policy_kwargs.get("use_sde"):
+            raise ValueError("policy_kwargs={'use_sde': True} is not supported, as use_sde=True is not: leave it out")
 
     def _check(self, is_valid: Callable[[Any], bool], allowed: str, *names: str) -> None:
         for name in names:

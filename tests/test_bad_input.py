@@ -161,6 +161,9 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], tuple[Any, ...]]] = [
     *[({name: -1e-3}, (name, "got -0.001", "at least 0")) for name in ("learning_rate", "qf_learning_rate")],
     *[({"policy_kwargs": {"n_critics": value}}, ("n_critics", value, "at least 1")) for value in (2.5, "2", True)],
     *[({"policy_kwargs": {"net_arch": value}}, ("net_arch", value, "at least 1")) for value in ([0], [8.0])],
+    *[({"replay_buffer_kwargs": {name: 0.5}}, (name, "0.5", "of SDAC itself")) for name in ("n_steps", "gamma")],
+    ({"optimize_memory_usage": True, "n_steps": 3}, ("n_steps", "1 or None", "got 3")),
+    ({"policy_kwargs": {"use_sde": True}}, ("'use_sde': True", "not supported")),
     ({"use_sde": True}, ("use_sde=True", "not supported", "exploration_noise")),
     ({"use_sde": True, "sde_sample_freq": 4}, ("use_sde=True", "not supported", "exploration_noise")),
 ]

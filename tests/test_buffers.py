@@ -3,6 +3,7 @@ Which transitions are replayed; the replay buffer on the device: bit by bit the 
 chosen where it fits.
 """
 
+import copy
 import pickle
 from pathlib import Path
 from typing import Any
@@ -442,6 +443,22 @@ def test_fits_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(getattr(buffer, name).nbytes for name in ARRAYS) == 1000 * row
 
 
+class Counting(gym.Env):
+    """Observes how many steps it has made since the last reset, and never ends."""
+
+    observation_space = spaces.Box(0, 1e6, (1,), np.float32)
+    action_space = spaces.Box(-1, 1, (1,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.count = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.count += 1
+        return np.full(1, self.count, np.float32), 1.0, False, False, {}
+
+
 def answer(monkeypatch: pytest.MonkeyPatch, fits: bool) -> list[int]:
     """Whether this is a machine with a GPU, as far as the choice is concerned; the sizes it is asked about."""
     sizes = []
@@ -468,12 +485,13 @@ def test_automatic_choice(n_steps: int | None, monkeypatch: pytest.MonkeyPatch, 
             models = [SDAC.load(path, device="cpu"), SDAC.load(path, env=env, device="cpu")]
             assert models[0].replay_buffer is None
             models[0].set_env(env)
-        assert sizes == [60] * len(models)  # and not the one row of a model that only acts
+        assert set(sizes) == {60}  # and not the one row of a model that only acts
         for model in models:
             buffer: Any = model.replay_buffer
             assert type(buffer) is (DeviceReplayBuffer if fits else NStepReplayBuffer if steps > 1 else ReplayBuffer)
-            assert (model.n_steps, getattr(buffer, "n_steps", 1), getattr(buffer, "gamma", 0.9)) == (steps, steps, 0.9)
+            assert (getattr(buffer, "n_steps", 1), getattr(buffer, "gamma", 0.9)) == (steps, 0.9)
             assert buffer.buffer_size == 60 and not buffer.handle_timeout_termination
+            assert (model.n_steps, model.replay_buffer_class) == (n_steps, None)  # as they were given
             assert model.learn(22)._n_updates >= 2
         models[0].save(path)
 
@@ -509,6 +527,98 @@ def test_what_the_user_asks_for_stays(
             assert type(reached.replay_buffer) is cls
 
 
+@pytest.mark.parametrize(
+    "kwargs, cls, steps",
+    [
+        ({"replay_buffer_class": ReplayBuffer}, ReplayBuffer, 1),
+        ({"optimize_memory_usage": True, "replay_buffer_kwargs": {"handle_timeout_termination": False}}, ReplayBuffer, 1),
+        (
+            {"replay_buffer_class": NStepReplayBuffer, "replay_buffer_kwargs": {"n_steps": 5, "gamma": 0.9}},
+            NStepReplayBuffer,
+            5,
+        ),
+    ],
+)
+def test_what_the_user_asks_for_when_loading(
+    kwargs: dict[str, Any], cls: type[ReplayBuffer], steps: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Nothing of what was chosen before the model was saved stands in its way."""
+    for fits in (True, False):
+        answer(monkeypatch, fits)
+        model = make_model()
+        model.save(tmp_path / "model")
+        loaded = SDAC.load(tmp_path / "model", env=model.get_env(), device="cpu", **kwargs)
+        assert type(loaded.replay_buffer) is cls and getattr(loaded.replay_buffer, "n_steps", 1) == steps
+        loaded.learn(22)
+
+
+@pytest.mark.parametrize("saved, here", [(True, True), (True, False), (False, True)])
+def test_a_buffer_from_the_file_stays(saved: bool, here: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    answer(monkeypatch, saved)
+    model = make_model().learn(30)
+    model.save(tmp_path / "model", include=["replay_buffer"])
+    answer(monkeypatch, here)
+    for env in (None, model.get_env()):
+        loaded = SDAC.load(tmp_path / "model", env=env, device="cpu")
+        assert model.replay_buffer is not None and loaded.replay_buffer is not None
+        assert_same_samples(loaded.replay_buffer, model.replay_buffer)
+        assert loaded.replay_buffer.device == loaded.device
+    loaded.learn(30, reset_num_timesteps=False)
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_gamma_may_be_changed(fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a callback, as with SAC: the discounts of n-step returns are the buffer's."""
+    answer(monkeypatch, fits)
+    model = make_model(n_steps=2).learn(22)
+    assert isinstance(model.replay_buffer, NStepReplayBuffer)
+    model.gamma = 0.5
+    model.train(1, 8)
+    batch = model.replay_buffer._get_samples(np.arange(10))
+    expected = model.replay_buffer.rewards[:10, 0] + 0.5 * model.replay_buffer.rewards[1:11, 0]
+    np.testing.assert_allclose(batch.rewards.squeeze(1), expected, rtol=1e-6)
+    assert batch.discounts is not None and (batch.discounts == 0.25).all()
+
+
+def test_copies() -> None:
+    """Independent, and where the original is ("meta" stands for any device); other arrays, as captured updates must know."""
+    buffer = DeviceReplayBuffer(10, BOX, ACTIONS, "meta", n_steps=2)
+    copied = copy.deepcopy({"a": buffer, "b": buffer})
+    assert copied["a"] is copied["b"] is not buffer
+    assert copied["a"].device == copied["a"].rewards.device == copied["a"]._discounts.device == th.device("meta")
+    assert copied["a"]._arrays != buffer._arrays
+    buffer = DeviceReplayBuffer(10, BOX, ACTIONS, "cpu")
+    copied["a"] = copy.deepcopy(buffer)
+    buffer.rewards += 1
+    assert (copied["a"].rewards == 0).all()
+
+
+@pytest.mark.parametrize("fits", [True, False])
+@pytest.mark.parametrize("kind", ["learn", "set_env", "checkpoint"])
+def test_returns_end_where_environments_are_reset(
+    kind: str, fits: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In an episode without end that counts its steps; also where the buffer is full and starts over."""
+    answer(monkeypatch, fits)
+    for n_rows in (25, 60, 75):
+        env = make_vec_env(lambda: Counting(), 1)
+        model = make_model(env, n_steps=3).learn(n_rows)
+        if kind == "set_env":
+            model.set_env(env)
+        elif kind == "checkpoint":
+            save_checkpoint(model, tmp_path / "checkpoint.zip")
+            model = load_checkpoint(tmp_path / "checkpoint.zip", env)  # type: ignore[assignment]
+        model.learn(10, reset_num_timesteps=kind == "learn")
+        assert isinstance(model.replay_buffer, NStepReplayBuffer)
+        batch = model.replay_buffer._get_samples((np.arange(-6, 10) + n_rows) % 60)
+        counts, next_counts = batch.observations.squeeze(1).tolist(), batch.next_observations.squeeze(1).tolist()
+        assert counts == [*range(n_rows - 6, n_rows), *range(10)]
+        ends = [n_rows] * 6 + [10] * 10
+        assert next_counts == [min(count + 3, end) for count, end in zip(counts, ends, strict=True)]
+        assert (batch.dones == 0).all()
+    assert not model.critic.terminates
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("kwargs", [{}, {"compile": False}, {"n_steps": 1}], ids=["default", "no graphs", "one_step"])
 def test_cuda(kwargs: dict[str, Any], tmp_path: Path) -> None:
@@ -527,6 +637,9 @@ def test_cuda(kwargs: dict[str, Any], tmp_path: Path) -> None:
     assert_same_samples(model.replay_buffer, on_cpu.replay_buffer)
     on_cpu = load_checkpoint(tmp_path / "checkpoint.zip", model.get_env(), device="cpu")  # type: ignore[arg-type, assignment]
     assert_same_samples(model.replay_buffer, on_cpu.replay_buffer)  # type: ignore[arg-type]
+    copied = copy.deepcopy(model)
+    assert copied.replay_buffer is not None and copied.replay_buffer.device == copied.device
+    copied.learn(20, reset_num_timesteps=False)
     save_checkpoint(on_cpu, tmp_path / "checkpoint.zip")
     back = load_checkpoint(tmp_path / "checkpoint.zip", model.get_env(), device="cuda")  # type: ignore[arg-type]
     assert type(back.replay_buffer) is DeviceReplayBuffer and back.replay_buffer.rewards.is_cuda

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +105,16 @@ def test_other_algorithms_and_full_buffers(tmp_path: Path) -> None:
 
 
 def test_hindsight_buffer(tmp_path: Path) -> None:
-    env = DummyVecEnv([lambda: BitFlippingEnv(n_bits=3, continuous=True, max_steps=4)])
-    model = SDAC("MultiInputPolicy", env, replay_buffer_class=HerReplayBuffer, **SMALL).learn(40)
-    save_checkpoint(model, tmp_path / "checkpoint.zip")
-    loaded = load_checkpoint(tmp_path / "checkpoint.zip", env)
-    loaded.learn(40, reset_num_timesteps=False)
+    """The episode under way ends where the environments are reset, and no goal is taken from the next one."""
+    env = DummyVecEnv([lambda: BitFlippingEnv(n_bits=8, continuous=True, max_steps=10)])
+    for algorithm in (SDAC, SAC):
+        model = algorithm("MultiInputPolicy", env, replay_buffer_class=HerReplayBuffer, **SMALL).learn(47)
+        save_checkpoint(model, tmp_path / "checkpoint.zip")
+        loaded = load_checkpoint(tmp_path / "checkpoint.zip", env, algorithm)
+        loaded.learn(40, reset_num_timesteps=False)
+        buffer = loaded.replay_buffer
+        assert isinstance(buffer, HerReplayBuffer)
+        assert (buffer.ep_length[40:47] == 7).all() and (buffer.ep_length[47:77] == 10).all()
     infos = SDAC(
         "MultiInputPolicy", env, replay_buffer_class=HerReplayBuffer, replay_buffer_kwargs={"copy_info_dict": True}, **SMALL
     )
@@ -228,7 +234,33 @@ def test_nothing_is_lost_when_saving_fails(checkpoint: Path, tmp_path: Path, mon
     monkeypatch.setattr(np.lib.format, "write_array", full)
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint(model, path)
-    assert path.read_bytes() == before
+    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("kind", ["PCG64", "MT19937", "Philox", "SFC64", "RandomState"])
+def test_random_generators_of_environments(kind: str, tmp_path: Path) -> None:
+    """Any of NumPy's Generators goes on where it was; of what is none, a warning says that it does not."""
+
+    class OtherGenerator(DictEnv):
+        def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+            if kind == "RandomState":
+                self._np_random = np.random.RandomState(3)  # type: ignore[assignment]
+            else:
+                self.np_random = np.random.Generator(getattr(np.random, kind)(3))
+            return super().reset()
+
+    def draws(model: Any) -> list[float]:
+        (generator,) = model.env.get_attr("np_random")
+        return [generator.normal() for _ in range(5)]
+
+    model = SDAC("MultiInputPolicy", DummyVecEnv([OtherGenerator]), **SMALL).learn(25)
+    warning = pytest.warns(UserWarning, match="is RandomState and not NumPy's Generator")
+    with warning if kind == "RandomState" else nullcontext():
+        save_checkpoint(model, tmp_path / "checkpoint.zip")
+    env = DummyVecEnv([OtherGenerator])
+    env.reset()
+    loaded = load_checkpoint(tmp_path / "checkpoint.zip", env)
+    assert (draws(loaded) == draws(model)) == (kind != "RandomState")
 
 
 KILLED = """

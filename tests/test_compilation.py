@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch as th
+from logged import logged
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch.utils import _pytree as pytree
@@ -140,10 +141,12 @@ def test_recorded_updates_learn_as_others_do(kwargs: dict[str, Any], monkeypatch
     assert any(not th.equal(value, old) for value, old in zip(numbers(eager), start, strict=True))
     for value, expected in zip(numbers(recorded), numbers(eager), strict=True):
         th.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
-    assert recorded._metrics.keys() == eager._metrics.keys()
-    for name, (total, count) in eager._metrics.items():
-        assert recorded._metrics[name][1] == count
-        np.testing.assert_allclose(float(recorded._metrics[name][0]), float(total), rtol=1e-4)
+    counts = [dict(model.logger.name_to_count) for model in (eager, recorded)]
+    assert counts[0] == counts[1] and counts[0]["train/critic_loss"] == 60
+    expected_log, log = logged(eager), logged(recorded)
+    assert log.keys() == expected_log.keys() >= {"critic_loss", "actor_loss", "ent_coef", "q_value"}
+    for name, expected_mean in expected_log.items():
+        np.testing.assert_allclose(log[name], expected_mean, rtol=1e-4)
 
 
 @CONFIGURATIONS

@@ -17,7 +17,7 @@ from gymnasium import spaces
 from stable_baselines3 import SAC
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.torch_layers import FlattenExtractor
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecFrameStack, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper, VecFrameStack, VecMonitor, VecNormalize
 from torch import nn
 
 from sb3_sdac import SDAC, export
@@ -438,5 +438,29 @@ def test_statistics_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match=r"observations \['a'\], the policy takes \['obs'\]"):
         DeterministicActor(model, other)
     stacked = VecFrameStack(VecNormalize(DummyVecEnv([lambda: SpacesEnv(VECTOR)])), 2)
+    model = SDAC("MlpPolicy", stacked, **SMALL)
     with pytest.raises(ValueError, match="train with it outermost"):
-        DeterministicActor(SDAC("MlpPolicy", stacked, **SMALL))
+        DeterministicActor(model, model.get_vec_normalize_env())
+
+
+def test_wrappers_outside_vec_normalize() -> None:
+    """One that changes observations but not their shape would go unnoticed, so only SB3's harmless ones pass."""
+
+    class Halved(VecEnvWrapper):
+        def reset(self) -> Any:
+            return np.asarray(self.venv.reset()) / 2
+
+        def step_wait(self) -> Any:
+            obs, *rest = self.venv.step_wait()
+            return np.asarray(obs) / 2, *rest
+
+    normalize = VecNormalize(DummyVecEnv([lambda: SpacesEnv(VECTOR)]))
+    obs = th.zeros(1, *VECTOR.shape)
+    model = SDAC("MlpPolicy", normalize, **SMALL)
+    expected = DeterministicActor(model)(obs)
+    model.set_env(VecMonitor(normalize))
+    th.testing.assert_close(DeterministicActor(model)(obs), expected)
+    model.set_env(VecMonitor(Halved(normalize)))
+    with pytest.raises(ValueError, match=r"Halved stands outside VecNormalize.*outermost.*vec_normalize="):
+        DeterministicActor(model)
+    th.testing.assert_close(DeterministicActor(model, normalize)(obs), expected)

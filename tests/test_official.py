@@ -271,6 +271,8 @@ def test_wrong_spaces_and_arguments(checkpoint: Path) -> None:
         load_official(checkpoint, SPACES, policy_kwargs={"net_arch": [64]})
     with pytest.raises(ValueError, match="leave batch_norm out"):
         load_official(checkpoint, SPACES, batch_norm=True)
+    with pytest.raises(ValueError, match="leave n_bins out"):  # the authors' last layer would go into every bin
+        load_official(checkpoint, SPACES, n_bins=101)
     with pytest.raises(ValueError, match="beta_schedule must be one of"):
         load_official(checkpoint, SPACES, beta_schedule="quadratic")
 

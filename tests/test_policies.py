@@ -250,8 +250,8 @@ def test_averaged_actor_is_the_one_that_acts() -> None:
 def test_set_training_mode_leaves_targets_in_evaluation() -> None:
     policy = make_policy(average_actor=True, batch_norm=False)
     assert policy.actor_target is not None and policy.critic_target is not None
-    for mode in (True, False, True):
-        policy.set_training_mode(mode)
+    for mode, change in ((True, policy.set_training_mode), (False, policy.train), (True, policy.train)):
+        change(mode)
         assert policy.actor.training == policy.critic.training == policy.training == mode
         targets = [*policy.actor_target.modules(), *policy.critic_target.modules()]
         assert not any(module.training for module in targets)

@@ -11,6 +11,7 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from logged import logged
+from stable_baselines3 import SAC
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
@@ -183,7 +184,7 @@ def test_n_steps(n_steps: int | None, expected: int, tmp_path: Path) -> None:
     check_learning(model)
     model.save(tmp_path / "model")
     for reached in (model, SDAC.load(tmp_path / "model", env=model.get_env())):
-        assert reached.n_steps == expected == getattr(reached.replay_buffer, "n_steps", 1)
+        assert reached.n_steps == n_steps and getattr(reached.replay_buffer, "n_steps", 1) == expected
         assert isinstance(reached.replay_buffer, NStepReplayBuffer) == (expected > 1)
 
 
@@ -199,7 +200,20 @@ def test_n_steps_left_open_where_there_are_none(kwargs: dict[str, Any]) -> None:
     kwargs |= {"replay_buffer_kwargs": {"handle_timeout_termination": False}}
     model = make_model(**kwargs)
     check_learning(model)
-    assert model.n_steps == 1
+    assert getattr(model.replay_buffer, "n_steps", 1) == 1 and not isinstance(model.replay_buffer, NStepReplayBuffer)
+
+
+def test_an_empty_replay_buffer() -> None:
+    with pytest.raises(ValueError, match=r"replay buffer is empty.*learn\(\)"):
+        make_model().train(1, 8)
+
+
+def test_arguments_of_the_policy_may_be_shared_with_sac() -> None:
+    """Which adds one of its own."""
+    policy_kwargs = {"net_arch": [16]}
+    SAC("MlpPolicy", "Pendulum-v1", policy_kwargs=policy_kwargs, buffer_size=10)
+    assert policy_kwargs == {"net_arch": [16], "use_sde": False}
+    SDAC("MlpPolicy", "Pendulum-v1", policy_kwargs=policy_kwargs, buffer_size=10).predict(np.zeros(3))
 
 
 def test_optimize_memory_usage() -> None:

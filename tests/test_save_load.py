@@ -281,6 +281,17 @@ def test_load_with_other_arguments(ent_coef: float | str, tmp_path: Path) -> Non
     assert loaded.predict(pendulum_observations())[0].shape == (20, 1)
 
 
+def test_load_with_another_discount_factor(tmp_path: Path) -> None:
+    """The values that the critics can give are in their weights, so a larger one may not fit: that is said."""
+    env = make_vec_env("Pendulum-v1")
+    make_model(env, n_bins=11, gamma=0.9).save(tmp_path / "model")
+    with pytest.warns(UserWarning, match=r"values up to 20 .*gamma=0.99 .*values up to 200\. Train a new"):
+        SDAC.load(tmp_path / "model", gamma=0.99)
+    SDAC.load(tmp_path / "model", gamma=0.8)
+    make_model(env, n_bins=1, gamma=0.9).save(tmp_path / "model")
+    SDAC.load(tmp_path / "model", gamma=0.99)
+
+
 def test_what_is_in_the_file(tmp_path: Path) -> None:
     """Networks are stored once, as parameters; neither they nor transitions are pickled among the other attributes."""
     model = make_model(average_actor=True).learn(14)
