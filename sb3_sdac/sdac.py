@@ -133,7 +133,7 @@ class SDAC(OffPolicyAlgorithm):
     :param action_noise: further noise added to the actions, cf. ``stable_baselines3.common.noise``
     :param replay_buffer_class: replay buffer, for instance ``HerReplayBuffer``; ``None`` for SB3's, or on CUDA
         :class:`~sb3_sdac.buffers.DeviceReplayBuffer` where it can be used and takes at most half of the GPU's free memory
-    :param replay_buffer_kwargs: its keyword arguments; without a class of your own not ``n_steps`` and ``gamma``, which are here
+    :param replay_buffer_kwargs: its keyword arguments; with ``None`` for its class not ``n_steps`` and ``gamma``, see below
     :param optimize_memory_usage: store observations once instead of twice, at the cost of more complexity
     :param n_steps: length of n-step returns; ``None`` for 2, or 1 where SB3 has none: with observations that are a ``Dict``,
         ``optimize_memory_usage`` or a ``replay_buffer_class`` of your own (what it came to is ``replay_buffer.n_steps``)

@@ -12,6 +12,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from counting import CountingEnv
 from gymnasium import spaces
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
@@ -443,22 +444,6 @@ def test_fits_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(getattr(buffer, name).nbytes for name in ARRAYS) == 1000 * row
 
 
-class Counting(gym.Env):
-    """Observes how many steps it has made since the last reset, and never ends."""
-
-    observation_space = spaces.Box(0, 1e6, (1,), np.float32)
-    action_space = spaces.Box(-1, 1, (1,), np.float32)
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
-        super().reset(seed=seed)
-        self.count = 0
-        return np.zeros(1, np.float32), {}
-
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        self.count += 1
-        return np.full(1, self.count, np.float32), 1.0, False, False, {}
-
-
 def answer(monkeypatch: pytest.MonkeyPatch, fits: bool) -> list[int]:
     """Whether this is a machine with a GPU, as far as the choice is concerned; the sizes it is asked about."""
     sizes = []
@@ -601,7 +586,7 @@ def test_returns_end_where_environments_are_reset(
     """In an episode without end that counts its steps; also where the buffer is full and starts over."""
     answer(monkeypatch, fits)
     for n_rows in (25, 60, 75):
-        env = make_vec_env(lambda: Counting(), 1)
+        env = make_vec_env(lambda: CountingEnv(1000, terminates=False), 1)
         model = make_model(env, n_steps=3).learn(n_rows)
         if kind == "set_env":
             model.set_env(env)
