@@ -603,8 +603,9 @@ class SDAC(OffPolicyAlgorithm):
             mean = (n_before * self.logger.name_to_value[key] + float(total)) / (n_before + count)
             self.logger.record(key, mean)
             self.logger.name_to_count[key] = n_before + count
+        out_of_range, _ = self._metrics.get("targets_out_of_range", (0.0, 0))
         self._metrics = {}
-        if self.logger.name_to_value.get("train/targets_out_of_range", 0) > 0:
+        if out_of_range > 0:
             assert self.critic.q_networks.bins is not None
             advice = "reward_scale='auto', a smaller reward_scale, policy_kwargs=dict(max_value=...) or n_bins=1"
             if self.reward_scale == "auto":

@@ -604,6 +604,15 @@ def test_returns_end_where_environments_are_reset(
     assert not model.critic.terminates
 
 
+def test_observations_stored_once_end_where_environments_are_reset() -> None:
+    """The last one's successor is not stored, so nothing may be learned from it."""
+    kwargs = {"optimize_memory_usage": True, "replay_buffer_kwargs": {"handle_timeout_termination": False}}
+    model = make_model(make_vec_env(lambda: CountingEnv(1000, terminates=False), 1), **kwargs).learn(25)
+    model._last_obs = None
+    model.learn(10, reset_num_timesteps=False)
+    assert model.replay_buffer is not None and np.flatnonzero(model.replay_buffer.dones[:, 0]).tolist() == [24]
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("kwargs", [{}, {"compile": False}, {"n_steps": 1}], ids=["default", "no graphs", "one_step"])
 def test_cuda(kwargs: dict[str, Any], tmp_path: Path) -> None:
