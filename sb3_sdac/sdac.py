@@ -350,7 +350,8 @@ class SDAC(OffPolicyAlgorithm):
             self.n_steps = 1  # the buffer has its own, and SB3 would warn that it ignores this one
         # What the policy must know to act travels in its keyword arguments. A SAC that shares them has put use_sde there
         policy_kwargs = {name: value for name, value in self.policy_kwargs.items() if name != "use_sde"}
-        self.policy_kwargs = {"max_value": self._max_value(), **policy_kwargs, **self._diffusion_kwargs()}
+        max_value = REWARD_MAX / max(1 - self.gamma, MIN_DISCOUNTING)  # the largest that there can be, with "auto" for rewards
+        self.policy_kwargs = {"max_value": max_value, **policy_kwargs, **self._diffusion_kwargs()}
         acting_only = self.env is None and self.replay_buffer is None  # loaded without an environment: see set_env
         if acting_only:
             self.buffer_size = self.n_envs
@@ -397,10 +398,6 @@ class SDAC(OffPolicyAlgorithm):
         if n_steps > 1:
             return NStepReplayBuffer, kwargs
         return DictReplayBuffer if is_dict else ReplayBuffer, self.replay_buffer_kwargs
-
-    def _max_value(self) -> float:
-        """:return: the largest value that there can be in scaled rewards, with ``"auto"`` for their scale"""
-        return REWARD_MAX / max(1 - self.gamma, MIN_DISCOUNTING)
 
     def _diffusion_kwargs(self) -> dict[str, Any]:
         names = ["n_diffusion_steps", "n_sampling_steps", "eta", "init_noise_scale", "beta_schedule", "n_particles"]
