@@ -34,11 +34,15 @@ def read_results(folder: Path) -> pd.DataFrame:
     """
     :param folder: of the protocol's CSV files
     :return: their rows, with the mean return of each evaluation
+    :raises SystemExit: if there are none, or seeds of one configuration come from different hyperparameters
     """
     files = sorted(folder.glob("*.csv"))
     if not files:
         raise SystemExit(f"{folder} holds no results yet: run benchmarks/run.py first")
     rows = pd.concat([pd.read_csv(file, dtype={"returns": str}) for file in files], ignore_index=True)
+    mixed = rows.groupby(["configuration", "env"])["config"].nunique()
+    for configuration, env in mixed[mixed > 1].index:
+        raise SystemExit(f"{folder}: the seeds of {configuration} on {env} come from different hyperparameters or versions")
     rows["return"] = [np.mean([float(value) for value in returns.split()]) for returns in rows["returns"]]
     return rows
 
@@ -155,11 +159,12 @@ def plot(rows: pd.DataFrame, order: list[str], path: Path, against_time: bool) -
             runs = rows[(rows["env"] == env) & (rows["configuration"] == name)]
             if runs.empty:
                 continue
-            curves = runs.pivot_table(index="seed", columns="env_steps", values="return").dropna(axis=1)
+            # By the number of the evaluation: runs that were interrupted may be some steps apart
+            runs = runs.assign(number=runs.sort_values("env_steps").groupby("seed").cumcount())
+            curves = runs.pivot_table(index="seed", columns="number", values="return").dropna(axis=1)
             mean, low, high = interval(curves.to_numpy())
-            x = curves.columns / 1000
-            if against_time:
-                x = runs.pivot_table(index="seed", columns="env_steps", values="wall_time")[curves.columns].mean() / 60
+            column, unit = ("wall_time", 60) if against_time else ("env_steps", 1000)
+            x = runs.pivot_table(index="seed", columns="number", values=column)[curves.columns].mean() / unit
             (lines[name],) = axis.plot(x, mean, color=f"C{i}")
             axis.fill_between(x, low, high, color=f"C{i}", alpha=0.2, linewidth=0)
         axis.set(title=env, xlabel="minutes of training" if against_time else "environment steps, in thousands")

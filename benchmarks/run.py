@@ -22,13 +22,17 @@ import hashlib
 import inspect
 import io
 import json
+import multiprocessing
 import os
+import re
 import shutil
 import socket
 import sys
 import time
 import traceback
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +43,7 @@ import yaml
 HERE = Path(__file__).parent
 #: To be raised when SDAC computes something else with the same arguments, if only by a constant such as MAX_GRADIENT_NOISE
 ALGORITHM_VERSION = 7
+NOT_BEGUN = "not begun"
 COLUMNS = ["configuration", "config", "env", "seed", "env_steps", "updates", "wall_time", "returns"]
 
 
@@ -87,18 +92,29 @@ class Run:
     def read_rows(self) -> list[dict[str, str]]:
         """
         :return: the rows so far
-        :raises ValueError: if they come from other hyperparameters
+        :raises ValueError: if they come from other hyperparameters, or evaluations of another number of episodes
         """
         if not self.results.exists():
             return []
         with self.results.open(newline="") as file:
             rows = list(csv.DictReader(file))
-        if any(row["config"] != self.config_hash for row in rows):
-            raise ValueError(
-                f"{self.results} holds a run of other hyperparameters (config {rows[0]['config']}, now {self.config_hash}): "
-                "give the configuration another name in the protocol, or remove the file and the run's checkpoint"
-            )
+        for row in rows:
+            self.check(self.results, row["config"], len(row["returns"].split()))
         return rows
+
+    def check(self, path: Path, config: str, n_episodes: int) -> None:
+        """
+        :param path: a file of this name
+        :param config: hash of the hyperparameters that it comes from
+        :param n_episodes: of each evaluation in it
+        :raises ValueError: if they are not those of this run
+        """
+        if (config, n_episodes) != (self.config_hash, self.eval_episodes):
+            raise ValueError(
+                f"{path} holds a run of other hyperparameters or evaluations (config {config} and {n_episodes} episodes, now "
+                f"{self.config_hash} and {self.eval_episodes}): give the configuration another name in the protocol, or "
+                f"remove {self.results} and {self.checkpoint}"
+            )
 
     def write_rows(self, rows: list[dict[str, Any]]) -> None:
         """:param rows: all rows; replaces the file in one step, so that a kill leaves the old or the new one"""
@@ -123,15 +139,17 @@ def read_protocol(path: Path, results: Path, work: Path) -> list[Run]:
     :return: all its runs, seed by seed, so that an early stop leaves whole comparisons
     """
     protocol = yaml.safe_load(path.read_text())
-    runs = []
+    runs: list[Run] = []
     for seed in protocol["seeds"]:
         for env in protocol["envs"]:
             for configuration, own in protocol["configurations"].items():
+                if "n_timesteps" in {**protocol["common"], **own}:
+                    raise SystemExit(f"{path}: n_timesteps is the protocol's, the same for all, and stands at its top level")
                 hyperparams = {"n_timesteps": protocol["n_timesteps"], **protocol["common"], **own}
                 # No more than the run can fill; a larger buffer would only make checkpoints larger
                 hyperparams.setdefault("buffer_size", min(protocol["n_timesteps"], 1_000_000))
                 algo = hyperparams.pop("algo")
-                stem = f"{configuration}_{env}_{seed}".replace(" ", "-").replace("(", "").replace(")", "")
+                stem = re.sub("[()]", "", re.sub("[ /]", "-", f"{configuration}_{env}_{seed}"))
                 runs.append(
                     Run(
                         configuration=configuration,
@@ -146,6 +164,8 @@ def read_protocol(path: Path, results: Path, work: Path) -> list[Run]:
                         checkpoint=work / path.stem / stem,
                     )
                 )
+                if runs[-1].results in [run.results for run in runs[:-1]]:
+                    raise SystemExit(f"{path}: {runs[-1].name} and another run have the same file {runs[-1].results.name}")
     return runs
 
 
@@ -176,7 +196,14 @@ def train(run: Run, deadline: float, checkpoint_seconds: float, device: str) -> 
     zoo.add_algorithm(rl_zoo3.utils)
 
     if time.time() >= deadline:
-        return "not begun"
+        return NOT_BEGUN
+    parent = os.getppid()
+    checkpoint, counters = run.checkpoint / "checkpoint.zip", run.checkpoint / "counters.json"
+    resumed = None
+    if checkpoint.exists():
+        # Saved just before; a kill between the two makes the wall time wrong by no more than one checkpoint's interval
+        resumed = json.loads(counters.read_text())
+        run.check(checkpoint, resumed["config"], resumed["eval_episodes"])
     run.checkpoint.mkdir(parents=True, exist_ok=True)
     config = run.checkpoint / "config.yml"
     config.write_text(yaml.safe_dump({"default": run.hyperparams}))
@@ -198,29 +225,27 @@ def train(run: Run, deadline: float, checkpoint_seconds: float, device: str) -> 
         eval_env = manager.create_envs(run.eval_episodes, eval_env=True)  # side by side, one episode each
     eval_env.seed(1_000_000 + run.seed)
 
-    checkpoint, counters = run.checkpoint / "checkpoint.zip", run.checkpoint / "wall_time.json"
-    wall_time = 0.0
-    if checkpoint.exists():
-        env = model.get_env()
-        model = load_checkpoint(checkpoint, env, type(model), device)
-        # Saved just before; a kill between the two makes the wall time wrong by no more than one checkpoint's interval
-        wall_time = json.loads(counters.read_text())
+    if resumed is not None:
+        model = load_checkpoint(checkpoint, model.get_env(), type(model), device)
     # Rows after the checkpoint are made anew
     rows: list[dict[str, Any]] = [row for row in run.read_rows() if int(row["env_steps"]) <= model.num_timesteps]
+
+    def evaluated_at() -> int:
+        return int(rows[-1]["env_steps"]) if rows else 0
 
     class Keeper(BaseCallback):
         """Evaluates, writes rows and checkpoints, stops at the deadline."""
 
         def __init__(self) -> None:
             super().__init__()
-            self.wall_time = wall_time
+            self.wall_time = 0.0 if resumed is None else resumed["wall_time"]
             self.resumed_at = self.saved_at = time.time()
 
         def _on_step(self) -> bool:
-            return time.time() < deadline
+            return time.time() < deadline and os.getppid() == parent  # nobody waits for an orphan
 
         def _on_rollout_start(self) -> None:  # between two updates, when everything is in the replay buffer
-            if self.num_timesteps // run.eval_freq > len(rows):
+            if self.num_timesteps // run.eval_freq > evaluated_at() // run.eval_freq:
                 self.evaluate()
             if time.time() - self.saved_at > checkpoint_seconds:
                 self.save()
@@ -250,14 +275,17 @@ def train(run: Run, deadline: float, checkpoint_seconds: float, device: str) -> 
 
         def save(self) -> None:
             self.wall_time += time.time() - self.resumed_at
-            counters.write_text(json.dumps(self.wall_time))
+            saved = {"wall_time": self.wall_time, "config": run.config_hash, "eval_episodes": run.eval_episodes}
+            temporary = counters.with_suffix(".tmp")
+            temporary.write_text(json.dumps(saved))
+            temporary.replace(counters)
             save_checkpoint(model, checkpoint)
             self.resumed_at = self.saved_at = time.time()
 
     keeper = Keeper()
     with contextlib.closing(model.get_env()), contextlib.closing(eval_env):  # a checkpoint is of open ones
         model.learn(run.n_timesteps - model.num_timesteps, keeper, log_interval=None, reset_num_timesteps=False)
-        if model.num_timesteps // run.eval_freq > len(rows):
+        if model.num_timesteps >= run.n_timesteps > evaluated_at():
             keeper.evaluate()
         if run.is_finished():
             shutil.rmtree(run.checkpoint)
@@ -278,6 +306,21 @@ def attempt(run: Run, *args: Any) -> tuple[Run, str, bool]:
         return run, f"FAILED\n{traceback.format_exc()}", True
 
 
+def attempt_apart(run: Run, *args: Any) -> tuple[Run, str, bool]:
+    """
+    :func:`attempt` in a process of its own, which may be killed (for memory, say) without any other run taking notice.
+
+    :param run: the run
+    :param args: see :func:`train`
+    :return: see :func:`attempt`
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        try:
+            return process.submit(attempt, run, *args).result()
+        except BrokenProcessPool as error:
+            return run, f"FAILED\n{error}", True
+
+
 def on_this_machine(runs: list[Run], jobs: int | None, *args: Any) -> Iterator[tuple[Run, str, bool]]:
     """
     :param runs: the runs
@@ -285,8 +328,9 @@ def on_this_machine(runs: list[Run], jobs: int | None, *args: Any) -> Iterator[t
     :param args: see :func:`train`
     :return: what :func:`attempt` says, in the order in which they end
     """
-    parallel = joblib.Parallel(n_jobs=jobs or os.cpu_count(), batch_size=1, return_as="generator_unordered")
-    return parallel(joblib.delayed(attempt)(run, *args) for run in runs)
+    n_jobs = jobs or os.cpu_count()
+    parallel = joblib.Parallel(n_jobs, batch_size=1, return_as="generator_unordered", prefer="threads")
+    return parallel(joblib.delayed(attempt_apart)(run, *args) for run in runs)
 
 
 def on_ray(runs: list[Run], gpus: float, *args: Any) -> Iterator[tuple[Run, str, bool]]:
@@ -360,7 +404,7 @@ def progress(runs: list[Run]) -> float:
 
 
 def main() -> int:
-    """:return: exit status: 1 if a run failed twice"""
+    """:return: exit status: 1 if a run failed, and again when it was tried once more"""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("protocol", type=Path, help="a yml file like short.yml")
     parser.add_argument("--only", nargs="+", help="configurations to run (default: all)")
@@ -388,21 +432,24 @@ def main() -> int:
     arguments = (begin + 60 * args.minutes, 60 * args.checkpoint_minutes, args.device)
     gpus = connect_to_ray(args.ray, args.jobs, args.device) if args.ray is not None else 0.0
 
+    failed: dict[str, Run] = {}
     for last_try in (False, True):
-        again = []
         outcomes = on_ray(todo, gpus, *arguments) if args.ray else on_this_machine(todo, args.jobs, *arguments)
         for run, outcome, has_failed in outcomes:
-            again += [run] * has_failed
+            if has_failed:
+                failed[run.name] = run
+            elif outcome != NOT_BEGUN:
+                failed.pop(run.name, None)
             done = progress(runs)
             minutes_each = (time.time() - begin) / 60 / max(done - done_before, 1e-9)
             finished = sum(run.is_finished() for run in runs)
             left = f", about {(len(runs) - done) * minutes_each:.0f} min left" if done > done_before else ""
-            print(f"{run.name}: {outcome}\n{finished} of {len(runs)} finished, {len(again)} failed{left}", flush=True)
-        if not again or last_try:
+            print(f"{run.name}: {outcome}\n{finished} of {len(runs)} finished, {len(failed)} failed{left}", flush=True)
+        if not failed or last_try:
             break
-        print(f"{len(again)} runs failed, once more")
-        todo = again
-    return 1 if again else 0
+        print(f"{len(failed)} runs failed, once more")
+        todo = list(failed.values())
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -107,8 +107,9 @@ class Graphed:
         return Graphed, (self.function, self.optimizers, self.key)
 
     def clear(self) -> None:
-        """Forget all graphs; what comes again is captured anew."""
+        """Forget all graphs; what comes again is captured anew, after calls in which optimizers may set themselves up anew."""
         self._graphs.clear()
+        self._n_calls.clear()
         self._pool = None
 
     def copied(self, batch: Any, *flags: Hashable) -> Any:

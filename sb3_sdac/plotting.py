@@ -12,6 +12,7 @@ Drawing leaves no trace in the model or its training: random states and training
 actions again, seed PyTorch before (``torch.manual_seed``).
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -201,10 +202,13 @@ class PlotCallback(BaseCallback):
 
     def _plot(self) -> None:
         self._plotted_at = self.num_timesteps
+        names: list[str] = []
         for plot in self.plots:
-            name = "plots/" + plot.__name__.removeprefix("plot_")
+            function = plot.func if isinstance(plot, functools.partial) else plot
+            names.append(function.__name__.removeprefix("plot_"))
+            number = f"_{names.count(names[-1])}" if names.count(names[-1]) > 1 else ""
             figure = LoggedFigure(plot(self.model, self.obs), close=False)  # pyplot does not know it
-            self.logger.record(name, figure, exclude=("stdout", "log", "json", "csv"))
+            self.logger.record(f"plots/{names[-1]}{number}", figure, exclude=("stdout", "log", "json", "csv"))
         self.logger.record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
         self.logger.dump(self.num_timesteps)
 

@@ -582,6 +582,15 @@ class DiffusionPolicy(BasePolicy):
         self._n_moves += 1  # what is captured uses the parameters where they were
         return super()._apply(*args, **kwargs)
 
+    def load_from_vector(self, vector: np.ndarray) -> None:
+        """
+        Set all parameters, see SB3's ``BaseModel.load_from_vector``.
+
+        :param vector: the parameters one after the other
+        """
+        self._n_moves += 1  # it gives them other memory
+        super().load_from_vector(vector)
+
     def act(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         """
         Best of N particles; without exploration noise and from fixed x_T if ``deterministic``.

@@ -423,7 +423,12 @@ class SDAC(OffPolicyAlgorithm):
         numbers = self.gamma, self.tau, self.target_ess, self.reward_scale, self.ent_coef, self.critic.pessimism
         counts = self.n_reverse_samples, self.n_target_particles, self.critic_steps
         kinds = self.score_matching, self.proposal, self.anchor, self.clip_target_actions
-        return *self.policy.graph_key(), *numbers, *counts, *kinds
+        groups = [*self.actor.optimizer.param_groups, *self.critic.optimizer.param_groups]
+        # Of each Adam its betas and so on; capturing itself changes the learning rate's type
+        own = {"params", "lr", "capturable"}
+        options = repr([[value for name, value in group.items() if name not in own] for group in groups])
+        learning = tuple(parameter.requires_grad for group in groups for parameter in group["params"])
+        return *self.policy.graph_key(), *numbers, *counts, *kinds, options, learning
 
     def _setup_temperature(self) -> None:
         """

@@ -102,7 +102,7 @@ def add_algorithm(utils: ModuleType) -> None:
     utils.ALGOS["sdac"] = SDAC
     mend_hub()
     if COMMANDS["benchmark"] in sys.orig_argv:
-        mend_benchmark()
+        mend_calls()
 
 
 def add_search_space(hyperparams_opt: ModuleType) -> None:
@@ -125,12 +125,13 @@ def add_config(exp_manager: ModuleType) -> None:
     original = manager.read_hyperparameters
     if hasattr(original, "finds_sdac"):
         return
-    zoo_folder = Path(exp_manager.__file__ or "").parent / "hyperparams"  # where rl_zoo3 looks if no -conf is given
+    package = Path(exp_manager.__file__ or "").parent
+    zoo_folders = (package / "hyperparams", package.parent / "hyperparams")  # where rl_zoo3, or its checkout, has its own
 
     @functools.wraps(original)
     def read_hyperparameters(self: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         config = Path(self.config)
-        if self.algo == "sdac" and not config.exists() and config.parent in (zoo_folder, Path(".")):
+        if self.algo == "sdac" and not config.exists() and config.parent in (*zoo_folders, Path(".")):
             embedded = HYPERPARAMS / config.name
             self.config = str(embedded) if embedded.exists() else self.config
         return original(self)
@@ -253,16 +254,21 @@ Loading runs what the file contains, so it has to be allowed: `export TRUST_REMO
     path.write_text(card, encoding="utf-8")
 
 
-def mend_benchmark() -> None:
-    """rl_zoo3.benchmark starts ``python enjoy.py``, a file of rl_zoo3's repository: elsewhere it would skip every agent."""
+def mend_calls() -> None:
+    """
+    Mends commands of rl_zoo3 that start others. ``benchmark`` starts ``python enjoy.py``, a file of rl_zoo3's repository, so
+    that elsewhere it would skip every agent; ``record_training`` starts a ``python -m`` that may not know SDAC.
+    """
     call = subprocess.call
 
-    def call_enjoy(command: list[str], *args: Any, **kwargs: Any) -> int:
+    def call_registered(command: list[str], *args: Any, **kwargs: Any) -> int:
         if command[:2] == ["python", "enjoy.py"] and not os.path.exists("enjoy.py"):
             command = [sys.executable, "-m", "sb3_sdac.zoo", "enjoy", *command[2:]]
+        elif command[:3] == ["python", "-m", COMMANDS["record_video"]]:
+            command = [sys.executable, "-m", "sb3_sdac.zoo", "record_video", *command[3:]]
         return call(command, *args, **kwargs)
 
-    subprocess.call = call_enjoy  # type: ignore[assignment]
+    subprocess.call = call_registered  # type: ignore[assignment]
 
 
 #: What to do to which module of rl_zoo3, once that has been imported. Each may be called more than once.
@@ -296,8 +302,8 @@ def main() -> None:
     parser.add_argument("args", nargs=argparse.REMAINDER, help="arguments of the command, for instance --algo sdac --help")
     arguments = parser.parse_args()
     register()
-    if arguments.command == "benchmark":
-        mend_benchmark()
+    if arguments.command in ("benchmark", "record_training"):
+        mend_calls()
     sys.argv = [sys.argv[0], *arguments.args]
     runpy.run_module(COMMANDS[arguments.command], run_name="__main__", alter_sys=True)
 

@@ -3,13 +3,17 @@
 import csv
 import importlib
 import itertools
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -153,6 +157,101 @@ def test_committed_rows_are_of_the_protocols(protocol: str, monkeypatch: pytest.
     runs = importlib.import_module("run").read_protocol(path, path.parent / "results", path.parent / "work")
     committed = {row for row in (path.parent / "results" / protocol).glob("*.csv")}
     assert {run.results for run in runs if run.read_rows()} == committed
+
+
+def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> tuple[Any, list[Any]]:
+    """The harness as a module, and the runs of a protocol."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which it sets itself
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    harness = importlib.import_module("run")
+    path = tmp_path / "tiny.yml"
+    path.write_text(yaml.safe_dump({**PROTOCOL, **changes}, sort_keys=False))
+    return harness, harness.read_protocol(path, tmp_path / "results", tmp_path / "work")
+
+
+def test_a_checkpoint_of_other_hyperparameters_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where there are no rows yet that would say so."""
+    harness, (interrupted, _) = read(tmp_path, monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(harness, "time", SimpleNamespace(time=itertools.count().__next__))
+        assert "to be continued" in harness.train(interrupted, 300, 1e9, "cpu")
+    assert not interrupted.results.exists() and (interrupted.checkpoint / "checkpoint.zip").exists()
+    for changes in ({"common": {**PROTOCOL["common"], "batch_size": 17}}, {"eval_episodes": 3}):  # type: ignore[dict-item]
+        _, (changed, _) = read(tmp_path, monkeypatch, **changes)
+        with pytest.raises(ValueError, match=r"checkpoint.zip holds a run of other hyperparameters or evaluations.*remove"):
+            harness.train(changed, float("inf"), 1e9, "cpu")
+
+
+def test_evaluations_do_not_pile_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A length that is no multiple of their interval has one at the end, and rows that got lost are not made up for."""
+    harness, (own, _) = read(tmp_path, monkeypatch, n_timesteps=250, eval_freq=100, eval_episodes=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(harness, "time", SimpleNamespace(time=itertools.count().__next__))
+        assert "to be continued" in harness.train(own, 160, 1e9, "cpu")
+    own.results.unlink()
+    assert harness.train(own, float("inf"), 1e9, "cpu") == "finished"
+    steps = [int(row["env_steps"]) for row in own.read_rows()]
+    assert steps[-2:] == [200, 250] and len(steps) <= 3
+
+
+def test_names_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configurations = {"A/B (x)": {"algo": "sac"}}
+    _, runs = read(tmp_path, monkeypatch, configurations=configurations, envs=["dm_control/cheetah-run-v0"])
+    assert [run.results.name for run in runs] == ["A-B-x_dm_control-cheetah-run-v0_0.csv"]
+    with pytest.raises(SystemExit, match=r"A B x, Pendulum-v1, seed 0 and another run have the same file"):
+        read(tmp_path, monkeypatch, configurations={**configurations, "A B x": {"algo": "sac"}})
+    with pytest.raises(SystemExit, match="n_timesteps is the protocol's"):
+        read(tmp_path, monkeypatch, common={"n_timesteps": 5})
+
+
+def killed(run: Any, *args: Any) -> Any:
+    """In the place of a run that the system kills."""
+    if run.configuration == "SDAC":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return run, "finished", False
+
+
+def test_a_killed_run_leaves_the_others_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    harness, runs = read(tmp_path, monkeypatch)
+    monkeypatch.setattr(harness, "attempt", killed)
+    outcomes = {run.configuration: (outcome, failed) for run, outcome, failed in harness.on_this_machine(runs, 2)}
+    assert outcomes["SAC"] == ("finished", False)
+    assert outcomes["SDAC"][1] and "terminated abruptly" in outcomes["SDAC"][0]
+
+
+def test_a_failure_that_there_is_no_time_to_try_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    harness, _ = read(tmp_path, monkeypatch)
+    outcomes = iter([("FAILED", True), ("stopped", False), ("not begun", False)])
+    monkeypatch.setattr(harness, "on_this_machine", lambda runs, *_: [(run, *next(outcomes)) for run in runs])
+    monkeypatch.setattr(sys, "argv", ["run.py", str(tmp_path / "tiny.yml"), "--results", str(tmp_path / "results")])
+    assert harness.main() == 1
+
+
+def test_seeds_of_different_hyperparameters_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "results" / "tiny"
+    folder.mkdir(parents=True)
+    for seed, config in ((0, "aaaaaaaaaa"), (1, "bbbbbbbbbb")):
+        rows = f"configuration,config,env,seed,env_steps,updates,wall_time,returns\nSAC,{config},A-v1,{seed},3000,1,60,1 2\n"
+        (folder / f"SAC_A-v1_{seed}.csv").write_text(rows)
+    process = run("report.py", tmp_path)
+    assert process.returncode == 1 and "seeds of SAC on A-v1 come from different hyperparameters" in process.stderr
+
+
+def test_curves_of_seeds_that_were_interrupted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Their evaluations may be some steps apart, and still make one curve."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    report = importlib.import_module("report")
+    steps = {0: [20, 40, 60, 80], 1: [20, 43, 63, 83]}
+    records = [
+        {"configuration": "SAC", "env": "A-v1", "seed": seed, "env_steps": at, "wall_time": at, "return": at}
+        for seed in steps
+        for at in steps[seed]
+    ]
+    drawn: list[Any] = []
+    monkeypatch.setattr(report.plt, "close", drawn.append)
+    report.plot(report.pd.DataFrame(records), ["SAC"], tmp_path / "curves.png", against_time=False)
+    (line,) = drawn[0].axes[0].lines
+    np.testing.assert_allclose(line.get_xydata(), [[x / 1000, x] for x in (20, 41.5, 61.5, 81.5)])
 
 
 def test_a_failed_run_is_reported_and_tried_again(tmp_path: Path) -> None:

@@ -369,6 +369,42 @@ def test_arguments_changed_by_hand_are_noticed(monkeypatch: pytest.MonkeyPatch) 
         th.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_options_of_optimizers_changed_by_hand_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, eager = make_model(policy_delay=1), make_model(policy_delay=1)
+    pretend_cuda(monkeypatch, model)
+    for each in (model, eager):
+        train(each, 10)
+        each.critic.optimizer.param_groups[0]["weight_decay"] = 0.1
+        each.actor.noise_predictor.first.requires_grad_(False)
+        train(each, 10)
+    assert len(model._run_update._graphs) == 2  # type: ignore[attr-defined]
+    for value, expected in zip(numbers(model), numbers(eager), strict=True):
+        th.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_optimizer_that_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loaded state may be empty; what Adam makes at its next step must not be made again with every replay."""
+    model, eager = make_model(policy_delay=1), make_model(policy_delay=1)
+    empty = make_model().critic.optimizer.state_dict()
+    pretend_cuda(monkeypatch, model)
+    for each in (model, eager):
+        train(each, 10)
+        each.critic.optimizer.load_state_dict(copy.deepcopy(empty))
+        train(each, 10)
+    assert model._run_update._graphs  # type: ignore[attr-defined]
+    assert {int(state["step"]) for state in model.critic.optimizer.state.values()} == {10}
+    for value, expected in zip(numbers(model), numbers(eager), strict=True):
+        th.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_parameters_that_move_are_noticed() -> None:
+    policy = make_model().policy
+    key, parameters = policy.graph_key(), policy.parameters_to_vector()
+    policy.load_from_vector(parameters + 1)
+    assert policy.graph_key() != key
+    np.testing.assert_array_equal(policy.parameters_to_vector(), parameters + 1)
+
+
 def test_batches_are_gathered_inside(monkeypatch: pytest.MonkeyPatch) -> None:
     """From a buffer on the device; another buffer is recorded anew."""
     model, eager = make_model(), make_model()

@@ -1,5 +1,6 @@
 """Figures hold what the model says, for every kind of action and critic, and drawing them changes nothing."""
 
+import functools
 import importlib
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from sb3_contrib import TQC, CrossQ
 from stable_baselines3 import PPO, SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.envs import IdentityEnv
+from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
@@ -204,6 +206,16 @@ def test_callback_says_at_once_what_a_model_cannot_show() -> None:
     callback = PlotCallback(OBS, plot_freq=3, plots=[plot_action_density, plot_q_landscape])
     model.learn(5, callback=callback)
     assert callback._plotted_at == 3
+
+
+def test_callback_names_each_plot(tmp_path: Path) -> None:
+    """Also a function with arguments of ours, and one that comes twice."""
+    chosen = [functools.partial(plot_q_landscape, dims=(i,)) for i in (0, 1)]
+    model = SDAC("MlpPolicy", BoxEnv(), **small())
+    model.set_logger(configure(str(tmp_path), ["tensorboard"]))
+    model.learn(3, callback=PlotCallback(OBS, plot_freq=100, plots=[plot_action_density, *chosen]))
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert set(events.Tags()["images"]) == {"plots/action_density", "plots/q_landscape", "plots/q_landscape_2"}
 
 
 def test_observation_is_what_the_policy_sees() -> None:

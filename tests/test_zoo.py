@@ -174,6 +174,14 @@ def test_default_config(manager):
     assert Path(experiment.config) == zoo.HYPERPARAMS / "sdac.yml"
 
 
+def test_default_config_with_a_checkout_of_rl_zoo3(manager):
+    """There the hyperparameters lie beside the package."""
+    experiment = manager()
+    experiment.config = str(Path(rl_zoo3.__file__).parents[1] / "hyperparams" / "sdac.yml")
+    parameters, _ = experiment.read_hyperparameters()
+    assert parameters == load("sdac.yml")["Pendulum-v1"]
+
+
 def test_embedded_config_by_name(manager):
     experiment = manager(config="sdac_paper.yml")
     parameters, _ = experiment.read_hyperparameters()
@@ -266,9 +274,11 @@ def test_benchmark_finds_enjoy(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "rl_zoo3.benchmark"])
     zoo.add_algorithm(rl_zoo3.utils)
     subprocess.call(["python", "enjoy.py", "--algo", "sdac"])
+    subprocess.call(["python", "-m", "rl_zoo3.record_video", "--algo", "sdac"])
     Path("enjoy.py").touch()
     subprocess.call(["python", "enjoy.py"])
-    assert calls == [[sys.executable, "-m", "sb3_sdac.zoo", "enjoy", "--algo", "sdac"], ["python", "enjoy.py"]]
+    ours = [sys.executable, "-m", "sb3_sdac.zoo"]
+    assert calls == [[*ours, "enjoy", "--algo", "sdac"], [*ours, "record_video", "--algo", "sdac"], ["python", "enjoy.py"]]
 
 
 def test_hub_mends_touch_nothing_else(tmp_path):
@@ -301,12 +311,13 @@ def test_unknown_command(monkeypatch, capsys):
     assert re.search("'trian'.*train.*enjoy.*benchmark", capsys.readouterr().err)
 
 
-def test_benchmark_command_is_mended(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["zoo", "benchmark", "--help"])
+@pytest.mark.parametrize("command", ["benchmark", "record_training"])
+def test_commands_that_start_others_are_mended(command, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["zoo", command, "--help"])
     monkeypatch.setattr(subprocess, "call", subprocess.call)  # to be restored
     with pytest.raises(SystemExit):
         zoo.main()
-    assert "call_enjoy" in repr(subprocess.call)
+    assert "call_registered" in repr(subprocess.call)
 
 
 def test_unknown_environment(monkeypatch):
