@@ -31,9 +31,8 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -306,6 +305,15 @@ def attempt(run: Run, *args: Any) -> tuple[Run, str, bool]:
         return run, f"FAILED\n{traceback.format_exc()}", True
 
 
+def send_attempt(sender: Connection, run: Run, *args: Any) -> None:
+    """
+    :param sender: takes what :func:`attempt` says
+    :param run: the run
+    :param args: see :func:`train`
+    """
+    sender.send(attempt(run, *args))
+
+
 def attempt_apart(run: Run, *args: Any) -> tuple[Run, str, bool]:
     """
     :func:`attempt` in a process of its own, which may be killed (for memory, say) without any other run taking notice.
@@ -314,11 +322,17 @@ def attempt_apart(run: Run, *args: Any) -> tuple[Run, str, bool]:
     :param args: see :func:`train`
     :return: see :func:`attempt`
     """
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        try:
-            return process.submit(attempt, run, *args).result()
-        except BrokenProcessPool as error:
-            return run, f"FAILED\n{error}", True
+    spawn = multiprocessing.get_context("spawn")
+    receiver, sender = spawn.Pipe(duplex=False)
+    process = spawn.Process(target=send_attempt, args=(sender, run, *args))
+    process.start()
+    sender.close()
+    try:
+        outcome: tuple[Run, str, bool] = receiver.recv()
+        return outcome
+    except EOFError:
+        process.join()
+        return run, f"FAILED\nits process ended with exit status {process.exitcode}", True
 
 
 def on_this_machine(runs: list[Run], jobs: int | None, *args: Any) -> Iterator[tuple[Run, str, bool]]:

@@ -204,19 +204,19 @@ def test_names_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         read(tmp_path, monkeypatch, common={"n_timesteps": 5})
 
 
-def killed(run: Any, *args: Any) -> Any:
+def killed(sender: Any, run: Any, *args: Any) -> None:
     """In the place of a run that the system kills."""
     if run.configuration == "SDAC":
         os.kill(os.getpid(), signal.SIGKILL)
-    return run, "finished", False
+    sender.send((run, "finished", False))
 
 
 def test_a_killed_run_leaves_the_others_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     harness, runs = read(tmp_path, monkeypatch)
-    monkeypatch.setattr(harness, "attempt", killed)
+    monkeypatch.setattr(harness, "send_attempt", killed)
     outcomes = {run.configuration: (outcome, failed) for run, outcome, failed in harness.on_this_machine(runs, 2)}
     assert outcomes["SAC"] == ("finished", False)
-    assert outcomes["SDAC"][1] and "terminated abruptly" in outcomes["SDAC"][0]
+    assert outcomes["SDAC"] == ("FAILED\nits process ended with exit status -9", True)
 
 
 def test_a_failure_that_there_is_no_time_to_try_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
