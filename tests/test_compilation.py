@@ -341,7 +341,9 @@ def test_what_is_moved_or_loaded_is_captured_anew(monkeypatch: pytest.MonkeyPatc
     assert len(graphed._graphs) == 2
     model.critic.optimizer.load_state_dict(model.critic.optimizer.state_dict())
     assert not graphed._graphs
-    train(model, 2)
+    train(model, WARM_UP)
+    assert not graphed._graphs
+    train(model, 1)
     assert graphed._graphs
 
 
