@@ -106,7 +106,7 @@ def test_other_algorithms_and_full_buffers(tmp_path: Path) -> None:
 
 def test_hindsight_buffer(tmp_path: Path) -> None:
     """The episode under way ends where the environments are reset, and no goal is taken from the next one."""
-    env = DummyVecEnv([lambda: BitFlippingEnv(n_bits=8, continuous=True, max_steps=10)])
+    env = DummyVecEnv([lambda: BitFlippingEnv(n_bits=30, continuous=True, max_steps=10)])  # too many to end before
     for algorithm in (SDAC, SAC):
         model = algorithm("MultiInputPolicy", env, replay_buffer_class=HerReplayBuffer, **SMALL).learn(47)
         save_checkpoint(model, tmp_path / "checkpoint.zip")
