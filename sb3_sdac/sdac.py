@@ -599,6 +599,7 @@ class SDAC(OffPolicyAlgorithm):
 
     def _record_metrics(self) -> None:
         """Hand the sums to the logger, as means over all updates since its last dump."""
+        # Not the logger's record_mean, for which the sum of 1,000 updates would count as much as that of one
         for name, (total, count) in self._metrics.items():
             key = f"train/{name}"
             n_before = self.logger.name_to_count[key]
