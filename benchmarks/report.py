@@ -11,7 +11,7 @@ precipice", with their library rliable). And learning curves, ``<results>/<proto
 Bands are 95 % bootstrap intervals over seeds; with two seeds they say little, so every seed's score is in the table.
 
 A protocol of one configuration has nothing to compare: scores alone. One with a ``reference`` is an ablation of that
-configuration: one line per configuration, with ratios to the reference.
+configuration: one line per configuration, with ratios to the reference, and no picture.
 ``--into`` also puts the text between the lines ``<!-- <protocol>.md -->`` and ``<!-- end of <protocol>.md -->`` of a page.
 """
 
@@ -239,9 +239,10 @@ def main() -> None:
     text += f"Made by `python benchmarks/report.py {args.protocol}`.\n\n{tables}"
     target = args.results / f"{args.protocol.stem}.md"
     target.write_text(text)
-    plot(rows, order, target.with_suffix(".png"), against_time=False)
-    if len(order) > 1:
-        plot(rows, order, target.with_name(f"{target.stem}_time.png"), against_time=True)
+    if reference is None:
+        plot(rows, order, target.with_suffix(".png"), against_time=False)
+        if len(order) > 1:
+            plot(rows, order, target.with_name(f"{target.stem}_time.png"), against_time=True)
     if args.into is not None:
         insert(text, args.protocol.stem, args.into)
     print(text)

@@ -129,14 +129,16 @@ def test_report_of_an_ablation_goes_into_a_page(tmp_path: Path) -> None:
     assert page.read_text() == "no place for it"
 
 
-@pytest.mark.parametrize("protocol", ["short", "long"])
-def test_the_readme_shows_what_is_in_the_result_files(tmp_path: Path, protocol: str) -> None:
-    """Its command, on copies, changes nothing."""
+@pytest.mark.parametrize(
+    ("protocol", "source"), [("short", "README.md"), ("long", "README.md"), ("ablation", "benchmarks/README.md")]
+)
+def test_the_pages_show_what_is_in_the_result_files(tmp_path: Path, protocol: str, source: str) -> None:
+    """Their commands, on copies, change nothing."""
     results = shutil.copytree(ROOT / "benchmarks" / "results" / protocol, tmp_path / protocol).parent
-    page = Path(shutil.copy(ROOT / "README.md", tmp_path))
-    command = f"python benchmarks/report.py benchmarks/{protocol}.yml --into README.md"
+    page = Path(shutil.copy(ROOT / source, tmp_path))
+    command = f"python benchmarks/report.py benchmarks/{protocol}.yml --into {source}"
     assert f"`{command}`" in page.read_text()
-    script, *args = command.removesuffix("README.md").split()[1:]
+    script, *args = command.removesuffix(source).split()[1:]
     process = subprocess.run(
         [sys.executable, script, *args, str(page), "--results", str(results)],
         cwd=ROOT,
@@ -145,7 +147,7 @@ def test_the_readme_shows_what_is_in_the_result_files(tmp_path: Path, protocol: 
         check=False,
     )
     assert process.returncode == 0, process.stderr
-    assert page.read_text() == (ROOT / "README.md").read_text()
+    assert page.read_text() == (ROOT / source).read_text()
     assert (results / f"{protocol}.md").read_text() == (ROOT / "benchmarks" / "results" / f"{protocol}.md").read_text()
 
 
