@@ -4,10 +4,12 @@ What costs less than PyTorch's eager mode: a compiled function, and whole update
 Neither knows what it speeds up, and neither is ever part of a saved model.
 """
 
+import gc
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, ClassVar
 
 import torch as th
@@ -93,15 +95,16 @@ class Graphed:
         self.key = key
         self._graphs: dict[Hashable, tuple[Any, list[Any], Any]] = {}
         self._n_calls: dict[Hashable, int] = {}
+        self._held: list[Any] = []
         self._pool: Any = None
         self._stream: Any = None
         self._failed: Any = None
         self._lock = threading.Lock()
         self._live.add(self)
         for optimizer in optimizers:
+            _make_ordinary(optimizer.param_groups)  # the copy of a captured one
             # A saved model may be loaded on a machine without CUDA
             optimizer.register_state_dict_post_hook(lambda _, state_dict: _make_ordinary(state_dict["param_groups"]))
-            optimizer.register_load_state_dict_post_hook(lambda _: self.clear())
 
     def __reduce__(self) -> Any:
         return Graphed, (self.function, self.optimizers, self.key)
@@ -110,6 +113,7 @@ class Graphed:
         """Forget all graphs; what comes again is captured anew, after calls in which optimizers may set themselves up anew."""
         self._graphs.clear()
         self._n_calls.clear()
+        self._held = []
         self._pool = None
 
     def copied(self, batch: Any, *flags: Hashable) -> Any:
@@ -137,6 +141,8 @@ class Graphed:
         # The structure for the order of the keys of a dict
         key = (flags, self.key(), repr(structure), *others, *((leaf.shape, leaf.dtype) for leaf in tensors))
         with th.cuda.device(tensors[0].device):
+            if self._is_outdated(tensors[0].device):
+                self.clear()
             if key not in self._graphs:
                 self._stream = self._stream or th.cuda.Stream()
                 if not self._has_come_before(key):
@@ -149,13 +155,28 @@ class Graphed:
                         f"compile=False does not try: {error}",
                         stacklevel=2,
                     )
-                    return self.function(batch, *flags)
+            if self._failed:  # said here, where the error and what its traceback holds are gone
+                return self.function(batch, *flags)
             graph, static, output = self._graphs[key]
             for mine, given in zip(static, leaves, strict=True):
                 if isinstance(given, th.Tensor):
                     mine.copy_(given)
             graph.replay()
         return output
+
+    def _is_outdated(self, device: th.device) -> bool:
+        """Whether graphs are of another device, or of tensors that optimizers have replaced since."""
+        if self._stream is not None and self._stream.device != device:
+            self._stream = None
+            return True
+        now = self._optimizer_tensors() if self._graphs else []
+        return len(now) != len(self._held) or any(mine is not held for mine, held in zip(now, self._held, strict=True))
+
+    def _optimizer_tensors(self) -> list[Any]:
+        """What a captured update reads and writes in its optimizers, at these addresses."""
+        rates = [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
+        states = [state for optimizer in self.optimizers for state in optimizer.state.values()]
+        return [*rates, *(value for state in states for value in state.values())]
 
     def _has_come_before(self, key: Hashable) -> bool:
         if len(self._n_calls) > 100 * MAX_GRAPHS:  # of a number that is another one each time
@@ -181,19 +202,23 @@ class Graphed:
             _make_capturable(optimizer)
             optimizer.zero_grad(set_to_none=True)  # the gradients are to be in the graph's own memory
         static = [leaf.clone() if isinstance(leaf, th.Tensor) else leaf for leaf in leaves]
+        self._pool = self._pool or th.cuda.graph_pool_handle()
         graph, current = th.cuda.CUDAGraph(), th.cuda.current_stream()
         try:
-            with th.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            with _no_garbage_collection(), th.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 output = self.function(pytree.tree_unflatten(static, structure), *flags)
         except Exception:
             self._clean_up(graph, current)
             raise
-        self._pool = graph.pool()
         self._graphs[key] = graph, static, _detached(output)
+        self._held = self._optimizer_tensors()
 
     def _clean_up(self, graph: Any, current: Any) -> None:
         """What PyTorch leaves behind when a capture fails."""
-        self._failed = graph  # kept, as the allocator goes on asking it
+        self._failed = graph  # kept, as the allocator may go on asking it
+        with suppress(RuntimeError):  # from PyTorch 2.13 on it is done
+            # Or the allocator would take this capture for one under way, and allow no other one in this process
+            th._C._cuda_endAllocateToPool(current.device_index, self._pool)
         th.cuda.set_stream(current)
         # The generator counts for the graph that there is none of. Graphs captured before draw from the one replaced here
         generator = th.cuda.default_generators[current.device_index]
@@ -202,6 +227,19 @@ class Graphed:
             graphed.clear()
         for optimizer in self.optimizers:
             _make_ordinary(optimizer.param_groups)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A graph of another model that is destroyed within a capture makes it fail (PyTorch's issue 161037)."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _detached(output: Any) -> Any:
@@ -214,14 +252,14 @@ def _make_capturable(optimizer: th.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         group["capturable"] = True
         if not isinstance(group["lr"], th.Tensor):
-            group["lr"] = th.tensor(group["lr"], device=group["params"][0].device)
+            group["lr"] = th.tensor(group["lr"], dtype=th.float32, device=group["params"][0].device)
     for parameter, state in optimizer.state.items():
         if "step" in state:
             state["step"] = th.as_tensor(state["step"], dtype=th.float32, device=parameter.device)
 
 
 def _make_ordinary(param_groups: list[dict[str, Any]]) -> None:
-    """The other way round, but for the steps, whose device optimizers choose when they load them."""
+    """The other way round, but for the steps: those of optimizers that are not fused stay where they are, which costs time."""
     for group in param_groups:
         if isinstance(group["lr"], th.Tensor):
             group.update(lr=group["lr"].item(), capturable=False)

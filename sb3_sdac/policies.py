@@ -574,22 +574,17 @@ class DiffusionPolicy(BasePolicy):
             return self.act(observation, deterministic)
         return self.captured_act(observation, deterministic)
 
-    def graph_key(self) -> tuple[bool, float, int]:
+    def graph_key(self) -> tuple[Any, ...]:
         """:return: what :meth:`act` depends on besides its arguments, and a captured update, too"""
-        return self.training, self.exploration_noise, self._n_moves
+        numbers = self.exploration_noise, self.scale_noise_by_ent_coef, self.actor.init_noise_scale, self.critic.pessimism
+        # Where the parameters are; whatever gives one of them other memory, its graph is of the old one
+        groups = [*self.actor.optimizer.param_groups, *self.critic.optimizer.param_groups]
+        addresses = (parameter.data_ptr() for group in groups for parameter in group["params"])
+        return self.training, self._n_moves, *numbers, *addresses
 
     def _apply(self, *args: Any, **kwargs: Any) -> "DiffusionPolicy":
-        self._n_moves += 1  # what is captured uses the parameters where they were
+        self._n_moves += 1  # of buffers, too, and back where another one was
         return super()._apply(*args, **kwargs)
-
-    def load_from_vector(self, vector: np.ndarray) -> None:
-        """
-        Set all parameters, see SB3's ``BaseModel.load_from_vector``.
-
-        :param vector: the parameters one after the other
-        """
-        self._n_moves += 1  # it gives them other memory
-        super().load_from_vector(vector)
 
     def act(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         """

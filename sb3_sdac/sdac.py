@@ -134,7 +134,8 @@ class SDAC(OffPolicyAlgorithm):
     :param replay_buffer_class: replay buffer, for instance ``HerReplayBuffer``; ``None`` for SB3's, or on CUDA
         :class:`~sb3_sdac.buffers.DeviceReplayBuffer` where it can be used and takes at most half of the GPU's free memory
     :param replay_buffer_kwargs: its keyword arguments; with ``None`` for its class not ``n_steps`` and ``gamma``, see below
-    :param optimize_memory_usage: store observations once instead of twice, at the cost of more complexity
+    :param optimize_memory_usage: store observations once instead of twice; needs
+        ``replay_buffer_kwargs={"handle_timeout_termination": False}``, as in all of SB3
     :param n_steps: length of n-step returns; ``None`` for 2, or 1 where SB3 has none: with observations that are a ``Dict``,
         ``optimize_memory_usage`` or a ``replay_buffer_class`` of your own (what it came to is ``replay_buffer.n_steps``)
     :param replay_recency: k, at least 1: how much more often recent transitions are replayed. Half of each batch comes from
@@ -420,8 +421,8 @@ class SDAC(OffPolicyAlgorithm):
     def _graph_key(self) -> tuple[Any, ...]:
         """:return: what a captured update holds as it was, should somebody change it by hand"""
         # Not self.pessimism, nor self.exploration_noise: networks and policy have their own
-        numbers = self.gamma, self.tau, self.target_ess, self.reward_scale, self.ent_coef, self.critic.pessimism
-        counts = self.n_reverse_samples, self.n_target_particles, self.critic_steps
+        numbers = self.gamma, self.tau, self.target_ess, self.reward_scale, self.ent_coef
+        counts = self.n_reverse_samples, self.n_target_particles, self.n_particles, self.critic_steps
         kinds = self.score_matching, self.proposal, self.anchor, self.clip_target_actions
         groups = [*self.actor.optimizer.param_groups, *self.critic.optimizer.param_groups]
         # Of each Adam its betas and so on; capturing itself changes the learning rate's type
@@ -999,7 +1000,6 @@ class SDAC(OffPolicyAlgorithm):
         :param device: where to put them
         """
         super().set_parameters(load_path_or_dict, exact_match, device)
-        self._setup_compilation()  # the optimizers' state consists of other tensors now
         if not isinstance(self.ent_coef, str):
             self.policy.log_ent_coef.data.fill_(np.log(self.ent_coef))
 
@@ -1162,7 +1162,8 @@ def _is_ent_coef(value: Any) -> bool:
 def _has_bfloat16(device: th.device) -> bool:
     """Whether matrix products in bfloat16 are faster there than in float32."""
     if device.type == "cuda":
-        return th.cuda.is_bf16_supported(including_emulation=False)
+        with th.cuda.device(device):
+            return th.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
         return False
     # Not public, so they may go

@@ -7,6 +7,7 @@ of the graph; the tests with ``cuda`` in their names do it with real graphs, whe
 """
 
 import copy
+import gc
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -20,6 +21,7 @@ import torch as th
 from logged import logged
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.utils import update_learning_rate
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -116,11 +118,9 @@ def pretend_cuda(monkeypatch: pytest.MonkeyPatch, model: SDAC) -> None:
             self.recorder = Recorder()
             self.replay = th.no_grad()(self.recorder.replay)
 
-        def pool(self) -> None:
-            return None
-
-    stream = SimpleNamespace(wait_stream=lambda other: None, device_index=0)
+    stream = SimpleNamespace(wait_stream=lambda other: None, device_index=0, device=th.device("cpu"))
     cuda = {"CUDAGraph": Graph, "graph": graph, "synchronize": lambda: None, "Stream": lambda: stream}
+    cuda |= {"graph_pool_handle": lambda: (0, 1)}
     cuda |= {"current_stream": lambda: stream, "stream": lambda stream: nullcontext()}
     cuda |= {"device": lambda device: nullcontext()}
     for name, value in cuda.items():
@@ -252,11 +252,14 @@ def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) 
     model, eager = make_model(**kwargs), make_model(**kwargs)
     pretend_cuda(monkeypatch, model)
     monkeypatch.setattr(compilation.th.cuda, "set_stream", lambda stream: None)
+    ended = []
+    monkeypatch.setattr(compilation.th._C, "_cuda_endAllocateToPool", lambda *args: ended.append(args), raising=False)
     generator = SimpleNamespace(clone_state=lambda: None, graphsafe_set_state=lambda state: None)
     monkeypatch.setattr(compilation.th.cuda, "default_generators", {0: generator})
     with pytest.warns(UserWarning, match="runs as it is.*capturable") as record:
         train(model, 20)
     assert len(record) == 1 and not model._run_update._graphs  # type: ignore[attr-defined]
+    assert ended == [(0, (0, 1))] and gc.isenabled()
     train(eager, 20)
     for value, expected in zip(numbers(model), numbers(eager), strict=True):
         assert th.equal(value, expected)
@@ -291,6 +294,17 @@ def test_copies_record_anew() -> None:
     model._run_update = Graphed(model._gather_and_update, [model.actor.optimizer], model._graph_key)
     other: Any = copy.deepcopy(model)
     assert other._run_update.function.__self__ is other and other._run_update.optimizers == [other.actor.optimizer]
+
+
+def test_copies_of_recorded_optimizers_are_ordinary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch warns of capturable ones that step without a graph, as a copy does at first."""
+    model = make_model()
+    pretend_cuda(monkeypatch, model)
+    train(model, 10)
+    twin, recorded = copy.deepcopy(model), model.critic.optimizer.param_groups[0]
+    assert recorded["capturable"] and isinstance(recorded["lr"], th.Tensor)
+    for optimizer in (twin.actor.optimizer, twin.critic.optimizer):
+        assert not optimizer.param_groups[0]["capturable"] and not isinstance(optimizer.param_groups[0]["lr"], th.Tensor)
 
 
 def test_copies_compile_their_own_networks() -> None:
@@ -340,7 +354,6 @@ def test_what_is_moved_or_loaded_is_captured_anew(monkeypatch: pytest.MonkeyPatc
     train(model, 10)
     assert len(graphed._graphs) == 2
     model.critic.optimizer.load_state_dict(model.critic.optimizer.state_dict())
-    assert not graphed._graphs
     train(model, WARM_UP)
     assert not graphed._graphs
     train(model, 1)
@@ -384,6 +397,21 @@ def test_options_of_optimizers_changed_by_hand_are_noticed(monkeypatch: pytest.M
         th.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_what_optimizers_hold_is_noticed_when_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recording writes to the old tensors: learning rates set as SB3 does it, moments begun anew."""
+    model, eager = make_model(policy_delay=1), make_model(policy_delay=1)
+    pretend_cuda(monkeypatch, model)
+    for each in (model, eager):
+        train(each, 10)
+        update_learning_rate(each.actor.optimizer, 0.1)
+        train(each, 10)
+        each.critic.optimizer.state.clear()
+        train(each, 10)
+    assert model._run_update._graphs  # type: ignore[attr-defined]
+    for value, expected in zip(numbers(model), numbers(eager), strict=True):
+        th.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_an_optimizer_that_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """A loaded state may be empty; what Adam makes at its next step must not be made again with every replay."""
     model, eager = make_model(policy_delay=1), make_model(policy_delay=1)
@@ -399,12 +427,14 @@ def test_an_optimizer_that_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
         th.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_parameters_that_move_are_noticed() -> None:
-    policy = make_model().policy
-    key, parameters = policy.graph_key(), policy.parameters_to_vector()
-    policy.load_from_vector(parameters + 1)
-    assert policy.graph_key() != key
-    np.testing.assert_array_equal(policy.parameters_to_vector(), parameters + 1)
+@pytest.mark.parametrize("part", ["policy", "actor", "critic"])
+def test_parameters_that_move_are_noticed(part: str) -> None:
+    """SB3's ``load_from_vector`` gives them other memory."""
+    model = make_model()
+    key, module = model.policy.graph_key(), getattr(model, part)
+    assert key == model.policy.graph_key()
+    module.load_from_vector(module.parameters_to_vector())
+    assert model.policy.graph_key() != key
 
 
 def test_batches_are_gathered_inside(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -455,12 +485,17 @@ def test_saved_models_know_nothing_of_it(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_new_parameters_are_recorded_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """They bring other tensors for the optimizers, and a recording would go on with the old ones."""
-    model, other = make_model(compile=True), make_model()
+    model, other = make_model(), make_model()
     pretend_cuda(monkeypatch, model)
     recorded = model._run_update
     train(other, 10)
-    model.set_parameters(other.get_parameters())  # type: ignore[arg-type]
-    assert model._run_update is not recorded
+    train(model, 10)
+    model.set_parameters(copy.deepcopy(other.get_parameters()))  # type: ignore[arg-type]
+    for each in (model, other):
+        train(each, 10)
+    assert model._run_update is recorded and recorded._graphs  # type: ignore[attr-defined]
+    for value, expected in zip(numbers(model), numbers(other), strict=True):
+        th.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_another_batch_size_is_recorded_anew(monkeypatch: pytest.MonkeyPatch) -> None:
