@@ -85,15 +85,19 @@ def main() -> None:
             rows = list(csv.DictReader(file))
     if any(row["config"] != CONFIG for row in rows):
         raise ValueError(f"{RESULTS} holds runs of another default, not to be compared with today's: move it away")
-    done = {(row["variant"], row["env"], int(row["seed"])) for row in rows}
+    done = {(row["variant"], row["env"], int(row["seed"])) for row in rows if int(row["env_steps"]) >= args.steps}
     todo = [(variant, args.env, seed) for seed in args.seeds for variant in args.only if (variant, args.env, seed) not in done]
     parallel = joblib.Parallel(n_jobs=args.jobs, batch_size=1, return_as="generator_unordered")
     for new in parallel(joblib.delayed(train)(*run, args.steps, args.eval_freq, args.device) for run in todo):
-        rows += new
-        with RESULTS.open("w", newline="") as file:
+        # Of a shorter one that there was
+        run = [new[0][name] for name in ("variant", "env", "seed")]
+        rows = [row for row in rows if [row["variant"], row["env"], int(row["seed"])] != run] + new
+        temporary = RESULTS.with_suffix(".tmp")
+        with temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
+        temporary.replace(RESULTS)
 
 
 if __name__ == "__main__":

@@ -138,6 +138,7 @@ def read_protocol(path: Path, results: Path, work: Path) -> list[Run]:
     :return: all its runs, seed by seed, so that an early stop leaves whole comparisons
     """
     protocol = yaml.safe_load(path.read_text())
+    protocol["n_timesteps"] = int(float(protocol["n_timesteps"]))  # 1e6 is a string to YAML
     runs: list[Run] = []
     for seed in protocol["seeds"]:
         for env in protocol["envs"]:
@@ -205,7 +206,7 @@ def train(run: Run, deadline: float, checkpoint_seconds: float, device: str) -> 
         run.check(checkpoint, resumed["config"], resumed["eval_episodes"])
     run.checkpoint.mkdir(parents=True, exist_ok=True)
     config = run.checkpoint / "config.yml"
-    config.write_text(yaml.safe_dump({"default": run.hyperparams}))
+    config.write_text(yaml.safe_dump({run.env: run.hyperparams}))
     with contextlib.redirect_stdout(io.StringIO()):  # its own account of the hyperparameters
         manager = rl_zoo3.exp_manager.ExperimentManager(
             argparse.Namespace(),
@@ -286,11 +287,11 @@ def train(run: Run, deadline: float, checkpoint_seconds: float, device: str) -> 
         model.learn(run.n_timesteps - model.num_timesteps, keeper, log_interval=None, reset_num_timesteps=False)
         if model.num_timesteps >= run.n_timesteps > evaluated_at():
             keeper.evaluate()
-        if run.is_finished():
-            shutil.rmtree(run.checkpoint)
-            return "finished"
-        keeper.save()
-        return f"stopped at {model.num_timesteps} of {run.n_timesteps} steps, to be continued"
+        if not run.is_finished():
+            keeper.save()
+            return f"stopped at {model.num_timesteps} of {run.n_timesteps} steps, to be continued"
+    shutil.rmtree(run.checkpoint, ignore_errors=True)  # not before its monitor's file is closed
+    return "finished"
 
 
 def attempt(run: Run, *args: Any) -> tuple[Run, str, bool]:
@@ -300,7 +301,7 @@ def attempt(run: Run, *args: Any) -> tuple[Run, str, bool]:
     :return: the run, what became of it, and whether it failed
     """
     try:
-        return run, train(run, *args), False
+        return run, "finished" if run.is_finished() else train(run, *args), False
     except Exception:
         return run, f"FAILED\n{traceback.format_exc()}", True
 
@@ -314,17 +315,20 @@ def send_attempt(sender: Connection, run: Run, *args: Any) -> None:
     sender.send(attempt(run, *args))
 
 
-def attempt_apart(run: Run, *args: Any) -> tuple[Run, str, bool]:
+def attempt_apart(run: Run, deadline: float, *args: Any) -> tuple[Run, str, bool]:
     """
     :func:`attempt` in a process of its own, which may be killed (for memory, say) without any other run taking notice.
 
     :param run: the run
+    :param deadline: see :func:`train`
     :param args: see :func:`train`
     :return: see :func:`attempt`
     """
+    if time.time() >= deadline:
+        return run, NOT_BEGUN, False
     spawn = multiprocessing.get_context("spawn")
     receiver, sender = spawn.Pipe(duplex=False)
-    process = spawn.Process(target=send_attempt, args=(sender, run, *args))
+    process = spawn.Process(target=send_attempt, args=(sender, run, deadline, *args))
     process.start()
     sender.close()
     try:
@@ -342,7 +346,7 @@ def on_this_machine(runs: list[Run], jobs: int | None, *args: Any) -> Iterator[t
     :param args: see :func:`train`
     :return: what :func:`attempt` says, in the order in which they end
     """
-    n_jobs = jobs or os.cpu_count()
+    n_jobs = jobs or joblib.cpu_count()
     parallel = joblib.Parallel(n_jobs, batch_size=1, return_as="generator_unordered", prefer="threads")
     return parallel(joblib.delayed(attempt_apart)(run, *args) for run in runs)
 

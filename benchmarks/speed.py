@@ -21,7 +21,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -141,11 +140,12 @@ def first_update(name: str, env_id: str, device: str, threads: int) -> None:
     model.train(1, 256)
     duration = time.perf_counter() - start
     model.train(1 if device == "cpu" else 20, 256)  # so that graphs are captured, and count
-    peak = (
-        th.cuda.max_memory_reserved() / 2**20
-        if device == "cuda"
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    )
+    if device == "cuda":
+        peak = th.cuda.max_memory_reserved() / 2**20
+    else:
+        import resource  # not on Windows
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
     print(duration, peak)
 
 

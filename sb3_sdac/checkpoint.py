@@ -302,6 +302,8 @@ def _set_random_state(model: OffPolicyAlgorithm, state: dict[str, Any]) -> None:
     for i, env_state in enumerate(state["envs"]):
         if env_state is None:
             continue
-        (generator,) = model.env.get_attr("np_random", i)
-        _set_generator_state(generator, env_state)  # in a process of its own it is a copy, so it is sent back
+        (generator,) = model.env.get_attr("np_random", i)  # in a process of its own it is a copy, so it is sent back
+        if type(generator.bit_generator).__name__ != env_state["bit_generator"]:  # as made by a reset that is yet to come
+            generator = np.random.Generator(getattr(np.random, env_state["bit_generator"])())
+        _set_generator_state(generator, env_state)
         model.env.set_attr("np_random", generator, i)

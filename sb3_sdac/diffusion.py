@@ -99,17 +99,12 @@ class GaussianDiffusion(nn.Module):
         self.eta = eta
 
         alphas_cumprod = th.cumprod(1 - betas, dim=0)
-        alphas_cumprod_prev = th.cat([th.ones(1, dtype=th.float64), alphas_cumprod[:-1]])
         buffers = {
             "sqrt_alphas_cumprod": alphas_cumprod.sqrt(),
             "sqrt_one_minus_alphas_cumprod": (1 - alphas_cumprod).sqrt(),
             "sqrt_recip_alphas_cumprod": alphas_cumprod.rsqrt(),
             # Standard deviation of x_t / sqrt(abar_t) around x_0: sigma_t = sqrt(1 / abar_t - 1)
             "noise_to_signal": (1 / alphas_cumprod - 1).sqrt(),
-            # DDPM, equations 6 and 7
-            "posterior_mean_coef_x_0": alphas_cumprod_prev.sqrt() * betas / (1 - alphas_cumprod),
-            "posterior_mean_coef_x_t": (1 - betas).sqrt() * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod),
-            "posterior_variance": betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod),
         }
         for name, value in buffers.items():
             self.register_buffer(name, value.float(), persistent=False)
@@ -120,8 +115,8 @@ class GaussianDiffusion(nn.Module):
         Coefficients of each denoising step, from a chain thinned to ``n_sampling_steps``.
 
         DDIM, equation 12, with the predicted noise rewritten through the (clipped) x_0:
-        x_prev = coef_x_0 * x_0 + coef_x_t * x_t + std * noise. At eta = 1 without thinning these are the DDPM
-        posterior's coefficients.
+        x_prev = coef_x_0 * x_0 + coef_x_t * x_t + std * noise. At eta = 1 without thinning these are those of
+        DDPM's posterior q(x_{t-1} | x_t, x_0), equations 6 and 7.
 
         :return: ``(t, coef_x_0, coef_x_t, std)`` per step, from the noisiest to the cleanest
         """
@@ -177,18 +172,6 @@ class GaussianDiffusion(nn.Module):
         :return: x_0, shape (..., A), not clipped
         """
         return self.sqrt_recip_alphas_cumprod[t] * x_t - self.noise_to_signal[t] * noise
-
-    def q_posterior(self, x_0: th.Tensor, x_t: th.Tensor, t: th.Tensor | int) -> tuple[th.Tensor, th.Tensor]:
-        """
-        Mean and variance of q(x_{t-1} | x_t, x_0), DDPM equations 6 and 7.
-
-        :param x_0: clean samples, shape (..., A)
-        :param x_t: noisy samples, shape (..., A)
-        :param t: diffusion steps, shape (..., 1)
-        :return: mean, shape (..., A), and variance (beta-tilde), shape (..., 1); the variance at t = 0 is 0
-        """
-        mean = self.posterior_mean_coef_x_0[t] * x_0 + self.posterior_mean_coef_x_t[t] * x_t
-        return mean, self.posterior_variance[t]
 
     def sample(self, denoiser: Denoiser, x_T: th.Tensor, step_noise: th.Tensor | None = None) -> th.Tensor:
         """

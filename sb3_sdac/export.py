@@ -74,7 +74,7 @@ class _Input(nn.Module):
                 f"VecNormalize has observations {name!r} of shape {given.shape}, the policy takes {wanted.shape}. Is it "
                 "the one of the training? If a wrapper outside it changes them (VecFrameStack), train with it outermost."
             )
-        self.space = given
+        self.space = copy.deepcopy(given)  # drawing from it seeds it
         mean = std = None
         if normalize is not None and statistics is not None:
             self.clip_obs = normalize.clip_obs
@@ -101,7 +101,12 @@ class _Input(nn.Module):
         self.space.seed(int(random_state.randint(2**31)))
         drawn = np.stack([np.asarray(self.space.sample()) for _ in range(batch_size)])
         if np.issubdtype(drawn.dtype, np.floating):
-            drawn = np.clip(drawn, -10, 10)  # a bounded box may be as wide as the largest float
+            # A bounded box may be as wide as the largest float; of it the part near 0
+            box: Any = self.space
+            centre = np.clip(0, box.low, box.high)
+            low, high = np.maximum(box.low, centre - 10), np.minimum(box.high, centre + 10)
+            far = (drawn < low) | (drawn > high)
+            drawn = np.where(far, random_state.uniform(low, high, drawn.shape), drawn).astype(drawn.dtype)
             if self.mean is not None and self.std is not None:
                 normal = random_state.standard_normal(drawn.shape)
                 drawn = (self.mean.cpu().numpy() + self.std.cpu().numpy() * normal).astype(drawn.dtype)
@@ -124,6 +129,18 @@ def _check_wrappers(env: VecEnv | None, normalize: VecNormalize) -> None:
         env = env.venv
 
 
+def _check_normalisation(kind: type[VecNormalize]) -> None:
+    """
+    :param kind: what normalises the model's observations
+    :raises ValueError: if it is a subclass that does so in a way of its own
+    """
+    if (kind.normalize_obs, kind._normalize_obs) != (VecNormalize.normalize_obs, VecNormalize._normalize_obs):
+        raise ValueError(
+            f"{kind.__name__} normalises in a way of its own, which would not be in the file: only VecNormalize's is. Train "
+            "with that, or normalise in a wrapper of the environment"
+        )
+
+
 class DeterministicActor(nn.Module):
     """
     ``model.predict(obs, deterministic=True)`` and what surrounds it, as a module: raw observations in, actions out.
@@ -136,8 +153,8 @@ class DeterministicActor(nn.Module):
 
     :param model: trained SDAC; acts with the averaged actor if it has one
     :param vec_normalize: statistics to normalise with; None for those of the model's environment, if it has any
-    :raises ValueError: if the model is of another algorithm, its observations have no form in ONNX, or its environment has a
-        wrapper outside VecNormalize that may change them
+    :raises ValueError: if the model is of another algorithm, its observations have no form in ONNX, its environment has a
+        wrapper outside VecNormalize that may change them, or that is a subclass with a normalisation of its own
     """
 
     low: th.Tensor
@@ -155,6 +172,7 @@ class DeterministicActor(nn.Module):
         if normalize is not None and not normalize.norm_obs:
             normalize = None
         if normalize is not None:
+            _check_normalisation(type(normalize))
             given = (normalize.venv or normalize).observation_space  # no `venv` if it comes from a pickle
         elif isinstance(model.env, VecTransposeImage):
             given = model.env.venv.observation_space

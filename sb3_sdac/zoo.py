@@ -219,7 +219,8 @@ def mend_hub() -> None:
 
     @functools.wraps(save_metadata)
     def save_metadata_and_usage(path: str | Path, *args: Any, **kwargs: Any) -> None:
-        add_usage(Path(path))
+        if Path(path).exists():
+            add_usage(Path(path))
         save_metadata(path, *args, **kwargs)
 
     load_from_hub.knows_sdac = True  # type: ignore[attr-defined]
@@ -238,12 +239,14 @@ def add_usage(path: Path) -> None:
     if title is None:
         return
     (organization,) = set(re.findall(r"-orga (\S+)", card))
+    naming = importlib.import_module("huggingface_sb3.naming_schemes")
+    file_name = naming.ModelName("sdac", naming.EnvironmentName(title[1])).filename  # no slash and no namespace in it
     usage = f"""## Usage (in Python)
 ```python
 from huggingface_sb3 import load_from_hub
 from sb3_sdac import SDAC
 
-model = SDAC.load(load_from_hub("{organization}/{path.parent.name}", "sdac-{title[1]}.zip"))
+model = SDAC.load(load_from_hub("{organization}/{path.parent.name}", "{file_name}"))
 ```
 Loading runs what the file contains, so it has to be allowed: `export TRUST_REMOTE_CODE=True`. If there is a
 `vec_normalize.pkl`, the model expects observations normalised by it, which `rl_zoo3.enjoy` sees to.

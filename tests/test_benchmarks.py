@@ -94,6 +94,7 @@ def test_runs_resume_and_are_reported(tmp_path: Path, monkeypatch: pytest.Monkey
     path.write_text(yaml.safe_dump({**PROTOCOL, "configurations": named}, sort_keys=False))
     finished, *_ = harness.read_protocol(path, tmp_path / "results", tmp_path / "work")
     assert len(finished.read_rows()) == 2
+    assert harness.attempt(finished, None) == (finished, "finished", False)  # nothing is trained when it failed after its end
 
     # Other hyperparameters under the same name are refused, and what is there stays
     changed = {**PROTOCOL, "common": {**PROTOCOL["common"], "batch_size": 17}}  # type: ignore[dict-item]
@@ -194,6 +195,13 @@ def test_evaluations_do_not_pile_up(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert harness.train(own, float("inf"), 1e9, "cpu") == "finished"
     steps = [int(row["env_steps"]) for row in own.read_rows()]
     assert steps[-2:] == [200, 250] and len(steps) <= 3
+
+
+def test_lengths_as_yaml_has_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1e6 is a string to YAML, and with rl_zoo3's tag a float."""
+    for length in ("3e3", 3e3):
+        _, (own, _) = read(tmp_path, monkeypatch, n_timesteps=length)
+        assert repr(own.n_timesteps) == repr(own.hyperparams["buffer_size"]) == "3000"
 
 
 def test_names_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

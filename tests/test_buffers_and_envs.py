@@ -175,16 +175,23 @@ def test_vec_normalize(dict_obs: bool) -> None:
         assert not np.allclose(normalised, plain)
 
 
-def test_train_samples_normalised(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kwargs", [{"n_steps": 1}, {"n_steps": 2}, {"replay_recency": 1.0, "n_steps": 1}])
+def test_train_samples_normalised(kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an update is given are rows of the buffer, by the statistics of now."""
     env = VecNormalize(make_vec_env("Pendulum-v1"))
-    model = make_model(env).learn(25)
-    passed = []
-    buffer = model.replay_buffer
-    assert buffer is not None
-    sample = buffer.sample
-    monkeypatch.setattr(buffer, "sample", lambda n, env: passed.append(env) or sample(n, env))  # type: ignore[func-returns-value]
+    model = make_model(env, **kwargs).learn(25)
+    batches: list[Any] = []
+    monkeypatch.setattr(model, "_run_update", lambda batch, *args: batches.append(batch) or {})  # type: ignore[func-returns-value]
     model.train(gradient_steps=2, batch_size=8)
-    assert passed == [env, env]
+    buffer = model.replay_buffer
+    assert isinstance(buffer, ReplayBuffer) and len(batches) == 2
+    for name in ("observations", "next_observations", "rewards"):
+        stored = getattr(buffer, name)[:25].reshape(25, -1)
+        rows: Any = env.normalize_reward(stored) if name == "rewards" else env.normalize_obs(stored)
+        assert not np.allclose(rows, stored)
+        for row in getattr(batches[0], name).numpy():
+            if name != "rewards" or model.n_steps == 1:  # else they are sums
+                assert np.isclose(rows, row, atol=1e-5).all(axis=1).any()
 
 
 # Images

@@ -62,17 +62,25 @@ def numbers(model: Any) -> dict[str, Any]:
     return {"policy": model.policy.state_dict(), "optimizers": optimizers, "buffer": arrays, "counters": counters}
 
 
-@pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("vec_env", [DummyVecEnv, SubprocVecEnv])
-def test_resumed_run_is_bit_equal(tmp_path: Path, vec_env: type[VecEnv], normalize: bool) -> None:
-    """Saved in the middle and loaded in other random states, against the run that only reset its environments there."""
+@pytest.mark.parametrize(
+    ("vec_env", "normalize", "learning_starts"),
+    [(DummyVecEnv, False, 20), (DummyVecEnv, True, 20), (SubprocVecEnv, True, 20), (DummyVecEnv, False, 80)],
+)
+def test_resumed_run_is_bit_equal(tmp_path: Path, vec_env: type[VecEnv], normalize: bool, learning_starts: int) -> None:
+    """
+    Saved in the middle and loaded in other random states, against the run that only reset its environments there; also while
+    actions are still random.
+    """
 
     def make_env(seed: int) -> VecEnv:
         env = make_vec_env(DictEnv, n_envs=2, seed=seed, vec_env_cls=vec_env)  # type: ignore[arg-type]
         return VecNormalize(env) if normalize else env
 
-    model = SDAC("MultiInputPolicy", make_env(0), seed=0, **SMALL).learn(60, log_interval=1000)
+    kwargs = {**SMALL, "learning_starts": learning_starts}
+    model = SDAC("MultiInputPolicy", make_env(0), seed=0, **kwargs).learn(60, log_interval=1000)
+    random.random()  # or its state would be that after seeding, as it is after loading
     save_checkpoint(model, tmp_path / "checkpoint.zip")
+    draw = random.random()
     env = model.env
     assert env is not None
     model._last_obs = None  # reset at the boundary, where the resumed run has to reset
@@ -85,7 +93,7 @@ def test_resumed_run_is_bit_equal(tmp_path: Path, vec_env: type[VecEnv], normali
         seed_all(12345)
     env = make_env(99)
     resumed = load_checkpoint(tmp_path / "checkpoint.zip", env)
-    assert resumed.num_timesteps == 60
+    assert resumed.num_timesteps == 60 and random.random() == draw
     resumed.learn(40, log_interval=1000, reset_num_timesteps=False)
     env.close()
     th.testing.assert_close(numbers(resumed), numbers(model), rtol=0, atol=0)
@@ -102,6 +110,17 @@ def test_other_algorithms_and_full_buffers(tmp_path: Path) -> None:
     loaded = load_checkpoint(tmp_path / "checkpoint.zip", make_vec_env("Pendulum-v1"), SAC)
     th.testing.assert_close(numbers(loaded)["buffer"], numbers(model)["buffer"], rtol=0, atol=0)
     assert loaded.learn(10, reset_num_timesteps=False).num_timesteps == 80
+
+
+def test_observations_stored_once(tmp_path: Path) -> None:
+    """The last transition's next observation stands in the row after it."""
+    kwargs: dict[str, Any] = {"optimize_memory_usage": True, "replay_buffer_kwargs": {"handle_timeout_termination": False}}
+    model = SDAC("MlpPolicy", "Pendulum-v1", **kwargs, **SMALL).learn(30)
+    save_checkpoint(model, tmp_path / "checkpoint.zip")
+    loaded: Any = load_checkpoint(tmp_path / "checkpoint.zip", make_vec_env("Pendulum-v1"))
+    observations = model.replay_buffer.observations  # type: ignore[union-attr]
+    assert observations[30].any()
+    np.testing.assert_array_equal(loaded.replay_buffer.observations, observations)
 
 
 def test_hindsight_buffer(tmp_path: Path) -> None:
@@ -257,9 +276,7 @@ def test_random_generators_of_environments(kind: str, tmp_path: Path) -> None:
     warning = pytest.warns(UserWarning, match="is RandomState and not NumPy's Generator")
     with warning if kind == "RandomState" else nullcontext():
         save_checkpoint(model, tmp_path / "checkpoint.zip")
-    env = DummyVecEnv([OtherGenerator])
-    env.reset()
-    loaded = load_checkpoint(tmp_path / "checkpoint.zip", env)
+    loaded = load_checkpoint(tmp_path / "checkpoint.zip", DummyVecEnv([OtherGenerator]))
     assert (draws(loaded) == draws(model)) == (kind != "RandomState")
 
 

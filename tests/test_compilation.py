@@ -384,6 +384,24 @@ def test_arguments_changed_by_hand_are_noticed(monkeypatch: pytest.MonkeyPatch) 
         th.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("tau", 0.1), ("target_ess", 0.5), ("reward_scale", 0.3), ("ent_coef", 0.3), ("clip_target_actions", False)],
+        *[("n_reverse_samples", 7), ("n_target_particles", 3), ("n_particles", 3), ("critic_steps", 2)],
+        *[("score_matching", "reverse_sampling"), ("proposal", "clipped_normal"), ("anchor", "current")],
+        *[("critic.pessimism", 0.3), ("policy.scale_noise_by_ent_coef", True), ("actor.init_noise_scale", 0.7)],
+    ],
+)
+def test_every_argument_of_a_recording_is_in_its_key(name: str, value: Any) -> None:
+    model = make_model()
+    key, (*path, attribute) = model._graph_key(), name.split(".")
+    holder = getattr(model, path[0]) if path else model
+    assert getattr(holder, attribute) != value
+    setattr(holder, attribute, value)
+    assert model._graph_key() != key
+
+
 def test_options_of_optimizers_changed_by_hand_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     model, eager = make_model(policy_delay=1), make_model(policy_delay=1)
     pretend_cuda(monkeypatch, model)

@@ -20,7 +20,7 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", *DOCS, *sorted((ROOT / "benchmarks").glob("*.md"))]
 #: A block that cannot run here has ``<!-- not run: reason -->`` on the line before
 BLOCK = re.compile(r"^(<!-- not run: \S.*-->\n)?```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-LINK = re.compile(r"\]\((?![a-z]+:|#)([^)#\s]+)")
+LINK = re.compile(r"\]\((?![a-z]+:)([^)\s]+)")
 #: What to run of a line, ours or rl_zoo3's
 COMMAND = re.compile(r"python (-m (?:rl_zoo3|sb3_sdac)\.\S+|(?:benchmarks|examples)/\S+\.py)")
 
@@ -70,10 +70,26 @@ def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         exec(compile("\n" * line + block, str(page), "exec"), namespace)  # a traceback shows the page's line
 
 
+def test_the_readme_shows_the_example() -> None:
+    """All of it, but for its docstring; its expected return is said in a comment."""
+    first, *_ = [block for _, block in blocks(ROOT / "README.md", "python")]
+    code = (ROOT / "examples" / "pendulum.py").read_text(encoding="utf-8").split('"""')[2].strip()
+    assert re.sub(" +# about.*", "", first).strip() == code
+
+
+def anchors(page: Path) -> set[str]:
+    """Of the headings, as GitHub makes them."""
+    headings = re.findall("^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    links = LINK.findall(page.read_text(encoding="utf-8"))
-    assert [link for link in links if not (page.parent / link).exists()] == []
+    for link in LINK.findall(page.read_text(encoding="utf-8")):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
 
 
 @pytest.mark.slow

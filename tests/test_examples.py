@@ -101,12 +101,13 @@ def test_rollouts_and_picture(tmp_path: Path) -> None:
     assert (tmp_path / "multigoal.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_compared_models_differ_in_the_algorithm_only() -> None:
+def test_compared_models_have_the_same_networks_and_horizon() -> None:
     models = multigoal.make_models(seed=0, learning_starts=10)
-    assert (
-        len({(model.gamma, str(model.learning_rate), model.learning_starts, model.batch_size) for model in models.values()})
-        == 1
-    )
+    shared = [
+        (model.gamma, str(model.learning_rate), model.learning_starts, model.batch_size, model.policy_kwargs["activation_fn"])
+        for model in models.values()
+    ]
+    assert len(set(shared)) == 1 and all(model.policy.net_arch == [64, 64] for model in models.values())
     for model in models.values():
         model.learn(12)
         assert model._n_updates == 2

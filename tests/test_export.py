@@ -316,7 +316,15 @@ print([name for name in sys.modules if name.partition(".")[0] in ("torch", "stab
 """
     result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=pendulum.parent)
     returns, imported = result.stdout.splitlines()
-    assert -2000 < float(returns.split(" +/- ")[0]) < 0 and imported == "[]"
+    assert imported == "[]"
+    model, env, expected = SDAC("MlpPolicy", "Pendulum-v1", seed=0, **SMALL), gym.make("Pendulum-v1"), []
+    for episode in range(10):
+        obs, _ = env.reset(seed=episode)
+        expected.append(0.0)
+        for _ in range(200):
+            obs, reward, *_ = env.step(model.predict(obs, deterministic=True)[0])
+            expected[-1] += float(reward)
+    assert float(returns.split(" +/- ")[0]) == pytest.approx(np.mean(expected), rel=0.02)
 
 
 def test_example_takes_dict_observations() -> None:
@@ -464,3 +472,27 @@ def test_wrappers_outside_vec_normalize() -> None:
     with pytest.raises(ValueError, match=r"Halved stands outside VecNormalize.*outermost.*vec_normalize="):
         DeterministicActor(model)
     th.testing.assert_close(DeterministicActor(model, normalize)(obs), expected)
+
+
+def test_another_normalisation_is_refused() -> None:
+    """It would be exported as VecNormalize's."""
+
+    class Logarithmic(VecNormalize):
+        def normalize_obs(self, obs: Any) -> Any:
+            return np.sign(obs) * np.log1p(np.abs(obs))
+
+    env = Logarithmic(make_vec_env("Pendulum-v1"))
+    with pytest.raises(ValueError, match="Logarithmic normalises in a way of its own"):
+        DeterministicActor(SDAC("MlpPolicy", env, **SMALL))
+
+
+@pytest.mark.parametrize(("low", "high"), [(50, 100), (-1e38, 1e38), (-np.inf, np.inf), (-1, 1)])
+def test_observations_to_try_are_in_the_box_and_differ(low: float, high: float) -> None:
+    """Drawn without touching the random numbers of the environment."""
+    env = make_vec_env("Pendulum-v1")
+    env.observation_space = spaces.Box(low, high, (3,), np.float32, seed=0)
+    observation: Any = DeterministicActor(SDAC("MlpPolicy", env, **SMALL)).inputs[0]
+    state = env.observation_space.np_random.bit_generator.state
+    drawn = observation.sample(64, np.random.RandomState(0))
+    assert len(drawn.unique(dim=0)) > 30 and (drawn >= low).all() and (drawn <= high).all()
+    assert env.observation_space.np_random.bit_generator.state == state

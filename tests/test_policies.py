@@ -445,6 +445,15 @@ def test_adam_is_fused(kwargs: dict[str, Any], fused: bool | None) -> None:
     assert policy.optimizer_kwargs == kwargs.get("optimizer_kwargs", {})
 
 
+@pytest.mark.parametrize(("batch_norm", "beta"), [(True, 0.5), (False, 0.9)])
+def test_first_beta_of_adam(batch_norm: bool, beta: float) -> None:
+    """CrossQ's with normalised critics, and PyTorch's, which is the paper's, without."""
+    policy = make_policy(batch_norm=batch_norm)
+    assert [group["betas"] for model in (policy.actor, policy.critic) for group in model.optimizer.param_groups] == [
+        (beta, 0.999)
+    ] * 2
+
+
 def test_fused_adam_takes_the_same_steps() -> None:
     """As the one that is not fused, from the same gradients, to rounding."""
     weights = []

@@ -178,16 +178,6 @@ def test_two_envs_with_time_limit_and_action_noise(noise: Callable[..., Any]) ->
     assert model.replay_buffer.timeouts[:20].sum(axis=0).tolist() == [2, 2]  # 7 and 14 of 20 steps
 
 
-@pytest.mark.parametrize("n_steps, expected", [(None, 2), (3, 3), (1, 1)])
-def test_n_steps(n_steps: int | None, expected: int, tmp_path: Path) -> None:
-    model = make_model(n_steps=n_steps)
-    check_learning(model)
-    model.save(tmp_path / "model")
-    for reached in (model, SDAC.load(tmp_path / "model", env=model.get_env())):
-        assert reached.n_steps == n_steps and getattr(reached.replay_buffer, "n_steps", 1) == expected
-        assert isinstance(reached.replay_buffer, NStepReplayBuffer) == (expected > 1)
-
-
 @pytest.mark.parametrize(
     "kwargs",
     [

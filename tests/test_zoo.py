@@ -289,6 +289,16 @@ def test_hub_mends_touch_nothing_else(tmp_path):
     (tmp_path / "README.md").write_text("# **SAC** Agent playing **Pendulum-v1**\npip install rl_zoo3", encoding="utf-8")
     zoo.add_usage(tmp_path / "README.md")
     assert (tmp_path / "README.md").read_text(encoding="utf-8").endswith("pip install rl_zoo3")
+    importlib.import_module("huggingface_hub.repocard").metadata_save(tmp_path / "new.md", {"tags": ["mine"]})
+    assert "mine" in (tmp_path / "new.md").read_text(encoding="utf-8")
+
+
+def test_card_names_the_file_that_was_pushed(tmp_path):
+    """Of an environment with a slash, as rl_zoo3 names it."""
+    card = "# **SDAC** Agent playing **dm_control/cheetah-run-v0**\n-orga someone\n## Usage (with SB3 RL Zoo)"
+    (tmp_path / "README.md").write_text(card, encoding="utf-8")
+    zoo.add_usage(tmp_path / "README.md")
+    assert '"sdac-dm_control-cheetah-run-v0.zip"' in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
 # === The commands ===
