@@ -99,8 +99,8 @@ def ablation(table: pd.DataFrame, order: list[str], reference: str) -> str:
     :param table: see :func:`scores`
     :param order: configurations in the order of the protocol
     :param reference: the configuration that the others differ from
-    :return: one line per configuration: in each environment its mean score, in brackets that of each seed, and over all
-        environments the mean ratio to the reference on the same seeds
+    :return: one line per configuration: in each environment its mean score, in brackets that of each seed, and the mean over
+        the environments of its ratio to the reference
     """
     envs = sorted(table["env"].unique())
     own = table.pivot_table(index=["env", "seed"], columns="configuration", values="score")
@@ -113,7 +113,7 @@ def ablation(table: pd.DataFrame, order: list[str], reference: str) -> str:
             cells.append(f"{seeds.mean():.0f} ({each})" if len(seeds) else "")
         ratio = ""
         if reference in own:
-            means = own[[name, reference]].dropna().groupby("env").mean().to_numpy()
+            means = own[[name, reference]].groupby("env").mean().dropna().to_numpy()
             ratio = f"{(means[:, 0] / means[:, 1]).mean():.2f}" if len(means) and (means[:, 1] > 0).all() else ""
         lines.append("| " + " | ".join([name, *cells, ratio]) + " |")
     return "\n".join(lines) + "\n"
@@ -234,7 +234,7 @@ def main() -> None:
         if tables and len(order) > 1:
             tables += "\n" + aggregate(table, order)
     else:
-        text += f"In brackets that of each seed; ratio to {reference} on the same seeds, mean over the environments. "
+        text += f"In brackets that of each seed; ratio of the means to {reference}, mean over the environments. "
         tables = "" if table.empty else ablation(table, order, reference)
     text += f"Made by `python benchmarks/report.py {args.protocol}`.\n\n{tables}"
     target = args.results / f"{args.protocol.stem}.md"

@@ -140,9 +140,12 @@ def read_protocol(path: Path, results: Path, work: Path) -> list[Run]:
     protocol = yaml.safe_load(path.read_text())
     protocol["n_timesteps"] = int(float(protocol["n_timesteps"]))  # 1e6 is a string to YAML
     runs: list[Run] = []
-    for seed in protocol["seeds"]:
+    of_reference = {*protocol["seeds"], *protocol.get("reference_seeds", [])}
+    for seed in sorted(of_reference):
         for env in protocol["envs"]:
             for configuration, own in protocol["configurations"].items():
+                if seed not in protocol["seeds"] and configuration != protocol["reference"]:
+                    continue
                 if "n_timesteps" in {**protocol["common"], **own}:
                     raise SystemExit(f"{path}: n_timesteps is the protocol's, the same for all, and stands at its top level")
                 hyperparams = {"n_timesteps": protocol["n_timesteps"], **protocol["common"], **own}

@@ -104,7 +104,7 @@ def test_runs_resume_and_are_reported(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_report_of_an_ablation_goes_into_a_page(tmp_path: Path) -> None:
-    """One line per configuration with the ratio to the reference on the seeds that both have, here worked out by hand."""
+    """One line per configuration with the ratio of the means to the reference's, here worked out by hand."""
     configurations: dict[str, dict] = {"SDAC": {}, "other": {}, "none": {}}
     protocol = {**PROTOCOL, "reference": "SDAC", "score_evaluations": 1, "configurations": configurations}
     finished = {("SDAC", "A-v1", 0): 100, ("SDAC", "A-v1", 1): 300, ("SDAC", "B-v1", 0): 50, ("other", "A-v1", 1): 150}
@@ -121,7 +121,7 @@ def test_report_of_an_ablation_goes_into_a_page(tmp_path: Path) -> None:
         process = run("report.py", tmp_path, "--into", str(page), protocol=protocol)
         assert process.returncode == 0, process.stderr
     written = (tmp_path / "results" / "tiny.md").read_text()
-    assert "| SDAC | 200 (100, 300) | 50 (50) | 1.00 |\n| other | 150 (150) | 100 (100) | 1.25 |\n" in written
+    assert "| SDAC | 200 (100, 300) | 50 (50) | 1.00 |\n| other | 150 (150) | 100 (100) | 1.38 |\n" in written
     assert page.read_text() == f"before\n<!-- tiny.md -->\n{written}<!-- end of tiny.md -->\nafter\n"
 
     page.write_text("no place for it")
@@ -202,6 +202,11 @@ def test_lengths_as_yaml_has_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for length in ("3e3", 3e3):
         _, (own, _) = read(tmp_path, monkeypatch, n_timesteps=length)
         assert repr(own.n_timesteps) == repr(own.hyperparams["buffer_size"]) == "3000"
+
+
+def test_the_reference_may_have_more_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, runs = read(tmp_path, monkeypatch, reference="SAC", reference_seeds=[0, 1])
+    assert [(run.configuration, run.seed) for run in runs] == [("SDAC", 0), ("SAC", 0), ("SAC", 1)]
 
 
 def test_names_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
