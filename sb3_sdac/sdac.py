@@ -1162,8 +1162,7 @@ def _is_ent_coef(value: Any) -> bool:
 def _has_bfloat16(device: th.device) -> bool:
     """Whether matrix products in bfloat16 are faster there than in float32."""
     if device.type == "cuda":
-        with th.cuda.device(device):
-            return th.cuda.is_bf16_supported(including_emulation=False)
+        return th.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
         return False
     # Not public, so they may go

@@ -229,7 +229,8 @@ def killed(sender: Any, run: Any, *args: Any) -> None:
 def test_a_killed_run_leaves_the_others_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     harness, runs = read(tmp_path, monkeypatch)
     monkeypatch.setattr(harness, "send_attempt", killed)
-    outcomes = {run.configuration: (outcome, failed) for run, outcome, failed in harness.on_this_machine(runs, 2)}
+    ended = harness.on_this_machine(runs, 2, float("inf"))
+    outcomes = {run.configuration: (outcome, failed) for run, outcome, failed in ended}
     assert outcomes["SAC"] == ("finished", False)
     assert outcomes["SDAC"] == ("FAILED\nits process ended with exit status -9", True)
 
