@@ -218,6 +218,7 @@ def main() -> None:
     parser.add_argument("--into", type=Path, metavar="PAGE", help="a Markdown page to put the report into, too")
     args = parser.parse_args()
     protocol = yaml.safe_load(args.protocol.read_text())
+    protocol["n_timesteps"] = int(float(protocol["n_timesteps"]))  # as run.py takes it
     rows = read_results(args.results / args.protocol.stem)
     order = list(protocol["configurations"])
     table = scores(rows, protocol["n_timesteps"], protocol["score_evaluations"])

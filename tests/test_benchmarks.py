@@ -107,6 +107,7 @@ def test_report_of_an_ablation_goes_into_a_page(tmp_path: Path) -> None:
     """One line per configuration with the ratio of the means to the reference's, here worked out by hand."""
     configurations: dict[str, dict] = {"SDAC": {}, "other": {}, "none": {}}
     protocol = {**PROTOCOL, "reference": "SDAC", "score_evaluations": 1, "configurations": configurations}
+    protocol["n_timesteps"] = "3e3"  # as YAML has it
     finished = {("SDAC", "A-v1", 0): 100, ("SDAC", "A-v1", 1): 300, ("SDAC", "B-v1", 0): 50, ("other", "A-v1", 1): 150}
     folder = tmp_path / "results" / "tiny"
     folder.mkdir(parents=True)
@@ -121,6 +122,7 @@ def test_report_of_an_ablation_goes_into_a_page(tmp_path: Path) -> None:
         process = run("report.py", tmp_path, "--into", str(page), protocol=protocol)
         assert process.returncode == 0, process.stderr
     written = (tmp_path / "results" / "tiny.md").read_text()
+    assert "after 3,000 environment steps" in written
     assert "| SDAC | 200 (100, 300) | 50 (50) | 1.00 |\n| other | 150 (150) | 100 (100) | 1.38 |\n" in written
     assert page.read_text() == f"before\n<!-- tiny.md -->\n{written}<!-- end of tiny.md -->\nafter\n"
 
