@@ -1162,7 +1162,8 @@ def _is_ent_coef(value: Any) -> bool:
 def _has_bfloat16(device: th.device) -> bool:
     """Whether matrix products in bfloat16 are faster there than in float32."""
     if device.type == "cuda":
-        return th.cuda.is_bf16_supported(including_emulation=False)
+        with th.cuda.device(device):  # it is asked of the current one
+            return th.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
         return False
     # Not public, so they may go

@@ -277,6 +277,7 @@ def test_it_follows_the_processor(hardware: bool, monkeypatch: pytest.MonkeyPatc
         ("cpu", False, True, False, True),
         ("cpu", False, False, True, False),
         ("cuda", False, False, True, True),
+        ("cuda:1", False, False, True, True),
         ("cuda", True, True, False, False),
         ("mps", True, True, True, False),
     ],
@@ -288,7 +289,15 @@ def test_processors(
     monkeypatch.setattr(th.cpu, "_is_amx_tile_supported", lambda: amx)
     # Emulated by a device that is too old, it would be slower than float32
     monkeypatch.setattr(th.cuda, "is_bf16_supported", lambda including_emulation=True: cuda or including_emulation)
+    current: list[th.device] = []  # that it is asked of
+
+    def make_current(device: th.device) -> nullcontext:
+        current.append(device)
+        return nullcontext()
+
+    monkeypatch.setattr(th.cuda, "device", make_current)
     assert sdac._has_bfloat16(th.device(device)) is expected
+    assert current == ([th.device(device)] if device.startswith("cuda") else [])
 
 
 @pytest.mark.parametrize("mixed_precision", ["auto", True])
