@@ -41,7 +41,7 @@ import yaml
 
 HERE = Path(__file__).parent
 #: To be raised when SDAC computes something else with the same arguments, if only by a constant such as MAX_GRADIENT_NOISE
-ALGORITHM_VERSION = 7
+ALGORITHM_VERSION = 8
 NOT_BEGUN = "not begun"
 COLUMNS = ["configuration", "config", "env", "seed", "env_steps", "updates", "wall_time", "returns"]
 

@@ -81,11 +81,9 @@ def make_models(seed: int, learning_starts: int = 5000) -> dict[str, OffPolicyAl
         "device": "cpu",
     }
     net = {"net_arch": [64, 64], "activation_fn": nn.ReLU}
-    # n_particles: the best of several would nearly always lie at the goal that happens to lead. ent_coef: as large as the
-    # critics' errors, where "auto" sets one so low that the leading goal takes all. batch_norm: target critics err less here.
-    # The rest: with what the learning rate was chosen
+    # ent_coef: as large as the critics' errors, where "auto" sets one so low that the leading goal takes all. batch_norm:
+    # target critics err less here. The rest: with what the learning rate was chosen
     sdac_kwargs: dict[str, Any] = {
-        "n_particles": 1,
         "n_reverse_samples": 16,
         "ent_coef": 2.0,
         "batch_norm": False,

@@ -360,7 +360,8 @@ class DiffusionPolicy(BasePolicy):
     :param eta: 0 for deterministic denoising (DDIM) up to 1 for ancestral sampling (DDPM)
     :param init_noise_scale: standard deviation of x_T, from which denoising starts
     :param beta_schedule: ``"vp"``, ``"linear"`` or ``"cosine"``
-    :param n_particles: N, particles among which the critics choose when acting
+    :param n_particles: N, particles among which the critics choose when acting deterministically
+    :param n_target_particles: the same for actions that explore and those of the update; ``None`` for ``n_particles``
     :param exploration_noise: standard deviation of the normal noise added to explore, in units of the half box
     :param scale_noise_by_ent_coef: multiply ``exploration_noise`` with the entropy coefficient
     :param average_actor: act with a moving average of the actor
@@ -398,6 +399,7 @@ class DiffusionPolicy(BasePolicy):
         init_noise_scale: float = 0.5,
         beta_schedule: str = "vp",
         n_particles: int = 4,
+        n_target_particles: int | None = 1,
         exploration_noise: float = 0.1,
         scale_noise_by_ent_coef: bool = False,
         average_actor: bool = False,
@@ -433,6 +435,7 @@ class DiffusionPolicy(BasePolicy):
         self.eta = eta
         self.init_noise_scale = init_noise_scale
         self.beta_schedule = beta_schedule
+        self.n_target_particles = n_particles if n_target_particles is None else n_target_particles
         self.exploration_noise = exploration_noise
         self.scale_noise_by_ent_coef = scale_noise_by_ent_coef
         self.average_actor = average_actor
@@ -477,7 +480,7 @@ class DiffusionPolicy(BasePolicy):
 
     @property
     def n_particles(self) -> int:
-        """N, particles when acting. Fixed, as the actor holds as much noise: for others, load with ``n_particles=...``."""
+        """N, particles of a deterministic action. Fixed, as the actor holds as much noise: load with another to change it."""
         return self.actor.n_particles
 
     def _build(self, lr_schedule: Schedule) -> None:
@@ -580,7 +583,7 @@ class DiffusionPolicy(BasePolicy):
         # Where the parameters are; whatever gives one of them other memory, its graph is of the old one
         groups = [*self.actor.optimizer.param_groups, *self.critic.optimizer.param_groups]
         addresses = (parameter.data_ptr() for group in groups for parameter in group["params"])
-        return self.training, self._n_moves, *numbers, *addresses
+        return self.training, self._n_moves, *numbers, self.n_target_particles, *addresses
 
     def _apply(self, *args: Any, **kwargs: Any) -> "DiffusionPolicy":
         self._n_moves += 1  # of buffers, too, and back where another one was
@@ -588,7 +591,7 @@ class DiffusionPolicy(BasePolicy):
 
     def act(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         """
-        Best of N particles; without exploration noise and from fixed x_T if ``deterministic``.
+        The best of ``n_target_particles``, with exploration noise; if ``deterministic`` of ``n_particles``, from fixed x_T.
 
         :param observation: observations
         :param deterministic: make the action a function of the observation alone
@@ -599,9 +602,9 @@ class DiffusionPolicy(BasePolicy):
         if deterministic:
             x_T, step_noise = actor.fixed_x_T, actor.fixed_step_noise
         else:
-            x_T, step_noise = actor.draw_noise(encoded.shape[0], self.n_particles)  # type: ignore[assignment]
-        particles = actor.sample(encoded, x_T, step_noise)
-        if self.n_particles == 1:
+            x_T, step_noise = actor.draw_noise(encoded.shape[0], self.n_target_particles)  # type: ignore[assignment]
+        particles = actor.sample(encoded, x_T, step_noise)  # (B, N, A)
+        if particles.shape[1] == 1:
             actions = particles.squeeze(1)
         else:
             actions = self.best_of(self.critic.encode(observation), particles)

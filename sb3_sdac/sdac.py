@@ -146,8 +146,9 @@ class SDAC(OffPolicyAlgorithm):
     :param eta: 0 for deterministic denoising (DDIM) up to 1 for ancestral sampling (DDPM, the paper)
     :param init_noise_scale: standard deviation of x_T, from which denoising starts; positive
     :param beta_schedule: ``"vp"`` (variance-preserving SDE), ``"linear"`` (the paper) or ``"cosine"``
-    :param n_particles: N, particles among which the critics choose when acting, at least 1
-    :param n_target_particles: the same for the actions of the update; ``None`` for ``n_particles``
+    :param n_particles: N, particles among which the critics choose when acting deterministically, at least 1
+    :param n_target_particles: the same for actions that explore and those of the update; ``None`` for ``n_particles`` (the
+        paper)
     :param n_reverse_samples: K, candidates for x_0 per noisy action, at least 2; fewer than 4 need a larger ``target_ess``
     :param score_matching: where the noise predictor's target comes from. ``"reverse_sampling"``: the mean noise of K
         candidates weighted by exp(Q/lambda) (SDAC of the final paper). ``"gradient_assisted"``: the same, with Q's
@@ -402,7 +403,8 @@ class SDAC(OffPolicyAlgorithm):
 
     def _diffusion_kwargs(self) -> dict[str, Any]:
         names = ["n_diffusion_steps", "n_sampling_steps", "eta", "init_noise_scale", "beta_schedule", "n_particles"]
-        names += ["exploration_noise", "scale_noise_by_ent_coef", "average_actor", "batch_norm", "n_bins", "pessimism"]
+        names += ["n_target_particles", "exploration_noise", "scale_noise_by_ent_coef", "average_actor", "batch_norm"]
+        names += ["n_bins", "pessimism"]
         return {name: getattr(self, name) for name in names}
 
     def _setup_compilation(self) -> None:
@@ -420,9 +422,9 @@ class SDAC(OffPolicyAlgorithm):
 
     def _graph_key(self) -> tuple[Any, ...]:
         """:return: what a captured update holds as it was, should somebody change it by hand"""
-        # Not self.pessimism, nor self.exploration_noise: networks and policy have their own
+        # Not self.pessimism, nor self.exploration_noise, nor particles: networks and policy have their own
         numbers = self.gamma, self.tau, self.target_ess, self.reward_scale, self.ent_coef
-        counts = self.n_reverse_samples, self.n_target_particles, self.n_particles, self.critic_steps
+        counts = self.n_reverse_samples, self.critic_steps
         kinds = self.score_matching, self.proposal, self.anchor, self.clip_target_actions
         groups = [*self.actor.optimizer.param_groups, *self.critic.optimizer.param_groups]
         # Of each Adam its betas and so on; capturing itself changes the learning rate's type
@@ -656,8 +658,7 @@ class SDAC(OffPolicyAlgorithm):
         :param encoded_critic: the critics' encoding of them, shape (C, B, H)
         :return: shape (B, A)
         """
-        n_particles = self.n_particles if self.n_target_particles is None else self.n_target_particles
-        noise = self.actor.draw_noise(len(encoded_actor), n_particles)
+        noise = self.actor.draw_noise(len(encoded_actor), self.policy.n_target_particles)
         # The candidates' Q stays float32: its rounding would spread their weights, and with it ent_coef="auto" rose by half
         with th.autocast(self.device.type, dtype=th.bfloat16, enabled=self._mixed_precision):
             best = self.policy.best_of(

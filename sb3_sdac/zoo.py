@@ -65,7 +65,8 @@ def sample_sdac_params(trial: "optuna.Trial", n_actions: int, n_envs: int, addit
         "batch_size_pow": trial.suggest_int("batch_size_pow", 6, 9),
         "net_arch": trial.suggest_categorical("net_arch", ["small", "medium", "large"]),
         "target_ess": trial.suggest_float("target_ess", 0.26, 0.6),
-        "n_particles": trial.suggest_categorical("n_particles", [1, 2, 4, 8]),
+        # Not n_particles, which a trained model can be given anew
+        "n_target_particles": trial.suggest_categorical("n_target_particles", [1, 2, 4]),
         "n_reverse_samples": trial.suggest_categorical("n_reverse_samples", [4, 8, 16]),  # target_ess > 1/4
         "n_sampling_steps": trial.suggest_categorical("n_sampling_steps", [3, 5, 10]),
         "policy_delay": trial.suggest_int("policy_delay", 1, 3),

@@ -388,7 +388,7 @@ def test_arguments_changed_by_hand_are_noticed(monkeypatch: pytest.MonkeyPatch) 
     ("name", "value"),
     [
         *[("tau", 0.1), ("target_ess", 0.5), ("reward_scale", 0.3), ("ent_coef", 0.3), ("clip_target_actions", False)],
-        *[("n_reverse_samples", 7), ("n_target_particles", 3), ("n_particles", 3), ("critic_steps", 2)],
+        *[("n_reverse_samples", 7), ("policy.n_target_particles", 3), ("critic_steps", 2)],
         *[("score_matching", "reverse_sampling"), ("proposal", "clipped_normal"), ("anchor", "current")],
         *[("critic.pessimism", 0.3), ("policy.scale_noise_by_ent_coef", True), ("actor.init_noise_scale", 0.7)],
     ],

@@ -160,7 +160,7 @@ def test_stochastic_varies(kwargs: dict[str, float]) -> None:
 @pytest.mark.parametrize("pessimism", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_best_of_n_has_the_highest_q(deterministic: bool, pessimism: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    policy = make_policy(n_particles=5, n_critics=3, exploration_noise=0.0, pessimism=pessimism)
+    policy = make_policy(n_particles=5, n_target_particles=4, n_critics=3, exploration_noise=0.0, pessimism=pessimism)
     drawn = []
     original = policy.actor.sample
 
@@ -172,13 +172,13 @@ def test_best_of_n_has_the_highest_q(deterministic: bool, pessimism: float, monk
     obs = th.as_tensor(observations(50))
     with th.no_grad():
         actions = policy(obs, deterministic=deterministic)
-        (particles,) = drawn
-        assert particles.shape == (50, 5, 2)
+        (candidates,) = drawn
+        assert candidates.shape == (50, 5 if deterministic else 4, 2)
         # One by one through SB3's interface, a tuple of (B, 1) per critic
-        of_each_critic = [th.cat(policy.critic(obs, candidates), dim=1) for candidates in (actions, *particles.unbind(1))]
+        of_each_critic = [th.cat(policy.critic(obs, action), dim=1) for action in (actions, *candidates.unbind(1))]
         chosen, *each = (q.mean(dim=1) + pessimism * (q.amin(dim=1) - q.mean(dim=1)) for q in of_each_critic)
     th.testing.assert_close(chosen, th.stack(each).amax(dim=0), rtol=1e-5, atol=1e-6)
-    assert (actions.unsqueeze(1) == particles).all(dim=2).any(dim=1).all()
+    assert (actions.unsqueeze(1) == candidates).all(dim=2).any(dim=1).all()
     assert len(th.stack(each).argmax(dim=0).unique()) > 1
 
 
@@ -188,9 +188,12 @@ def test_one_particle_needs_no_critic(deterministic: bool, monkeypatch: pytest.M
         raise RuntimeError("the critic was called")
 
     monkeypatch.setattr(Critic, "encode", called)
-    make_policy(n_particles=1).predict(observations(), deterministic=deterministic)
+    one, several = make_policy(n_particles=1, n_target_particles=2), make_policy(n_particles=2, n_target_particles=1)
+    if not deterministic:
+        one, several = several, one
+    one.predict(observations(), deterministic=deterministic)
     with pytest.raises(RuntimeError, match="the critic was called"):
-        make_policy(n_particles=2).predict(observations(), deterministic=deterministic)
+        several.predict(observations(), deterministic=deterministic)
 
 
 def test_number_of_particles_is_the_actors() -> None:
@@ -315,6 +318,7 @@ OTHER_THAN_DEFAULT: dict[str, Any] = {
     "init_noise_scale": 0.7,
     "beta_schedule": "cosine",
     "n_particles": 3,
+    "n_target_particles": 2,
     "exploration_noise": 0.2,
     "scale_noise_by_ent_coef": True,
     "average_actor": True,

@@ -320,7 +320,8 @@ def test_n_target_particles(monkeypatch: pytest.MonkeyPatch) -> None:
     give_batch(model, monkeypatch, batch())
     model.train(1)
     model.predict(np.zeros(3, dtype=np.float32))
-    assert drawn == [3, 2]
+    assert drawn == [3, 3]
+    assert make_model(n_particles=2, n_target_particles=None).policy.n_target_particles == 2
 
 
 def test_data_temperature_hits_its_target(monkeypatch: pytest.MonkeyPatch) -> None:
