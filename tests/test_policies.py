@@ -172,13 +172,13 @@ def test_best_of_n_has_the_highest_q(deterministic: bool, pessimism: float, monk
     obs = th.as_tensor(observations(50))
     with th.no_grad():
         actions = policy(obs, deterministic=deterministic)
-        (candidates,) = drawn
-        assert candidates.shape == (50, 5 if deterministic else 4, 2)
+        (particles,) = drawn
+        assert particles.shape == (50, 5 if deterministic else 4, 2)
         # One by one through SB3's interface, a tuple of (B, 1) per critic
-        of_each_critic = [th.cat(policy.critic(obs, action), dim=1) for action in (actions, *candidates.unbind(1))]
+        of_each_critic = [th.cat(policy.critic(obs, action), dim=1) for action in (actions, *particles.unbind(1))]
         chosen, *each = (q.mean(dim=1) + pessimism * (q.amin(dim=1) - q.mean(dim=1)) for q in of_each_critic)
     th.testing.assert_close(chosen, th.stack(each).amax(dim=0), rtol=1e-5, atol=1e-6)
-    assert (actions.unsqueeze(1) == candidates).all(dim=2).any(dim=1).all()
+    assert (actions.unsqueeze(1) == particles).all(dim=2).any(dim=1).all()
     assert len(th.stack(each).argmax(dim=0).unique()) > 1
 
 
