@@ -19,7 +19,7 @@ from typing import Any
 import gymnasium as gym
 import joblib
 import torch as th
-from run import config_hash
+from run import config_hash, write_rows
 
 RESULTS = Path(__file__).parent / "results" / "invariance.csv"
 #: Of the default
@@ -92,12 +92,7 @@ def main() -> None:
         # Of a shorter one that there was
         run = [new[0][name] for name in ("variant", "env", "seed")]
         rows = [row for row in rows if [row["variant"], row["env"], int(row["seed"])] != run] + new
-        temporary = RESULTS.with_suffix(".tmp")
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        temporary.replace(RESULTS)
+        write_rows(RESULTS, COLUMNS, rows)
 
 
 if __name__ == "__main__":

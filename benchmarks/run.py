@@ -65,6 +65,23 @@ def config_hash(algo: str, hyperparams: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:10]
 
 
+def write_rows(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> None:
+    """
+    Replace a CSV file in one step, so that a kill leaves the old or the new one.
+
+    :param path: the file; its folder is made
+    :param columns: in their order
+    :param rows: all of them
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.replace(path)
+
+
 @dataclass(frozen=True)
 class Run:
     """One training run: what is trained, and where its rows and its checkpoint lie."""
@@ -114,16 +131,6 @@ class Run:
                 f"{self.config_hash} and {self.eval_episodes}): give the configuration another name in the protocol, or "
                 f"remove {self.results} and {self.checkpoint}"
             )
-
-    def write_rows(self, rows: list[dict[str, Any]]) -> None:
-        """:param rows: all rows; replaces the file in one step, so that a kill leaves the old or the new one"""
-        self.results.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.results.with_suffix(".tmp")
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        temporary.replace(self.results)
 
     def is_finished(self) -> bool:
         rows = self.read_rows()
@@ -271,7 +278,7 @@ def train(run: Run, deadline: float, checkpoint_seconds: float, device: str) -> 
                 "returns": " ".join(f"{value:.2f}" for value in returns),  # type: ignore[union-attr]
             }
             rows.append(row)
-            run.write_rows(rows)
+            write_rows(run.results, COLUMNS, rows)
             mean = sum(returns) / len(returns)  # type: ignore[arg-type]
             print(f"{run.name}: {mean:.0f} at {self.num_timesteps} steps after {self.wall_time / 60:.0f} min", flush=True)
             self.resumed_at = time.time()
