@@ -215,8 +215,11 @@ def train(run: Run, deadline: float, checkpoint_seconds: float, device: str) -> 
         resumed = json.loads(counters.read_text())
         run.check(checkpoint, resumed["config"], resumed["eval_episodes"])
     run.checkpoint.mkdir(parents=True, exist_ok=True)
+    hyperparams = dict(run.hyperparams)
+    # As on rl_zoo3's command line; from its files it gives env_kwargs to the environments of training alone
+    eval_env_kwargs = hyperparams.pop("eval_env_kwargs", hyperparams.get("env_kwargs"))
     config = run.checkpoint / "config.yml"
-    config.write_text(yaml.safe_dump({run.env: run.hyperparams}))
+    config.write_text(yaml.safe_dump({run.env: hyperparams}))
     with contextlib.redirect_stdout(io.StringIO()):  # its own account of the hyperparameters
         manager = rl_zoo3.exp_manager.ExperimentManager(
             argparse.Namespace(),
@@ -226,6 +229,7 @@ def train(run: Run, deadline: float, checkpoint_seconds: float, device: str) -> 
             config=str(config),
             seed=run.seed,
             eval_freq=-1,
+            eval_env_kwargs=eval_env_kwargs,
             device=device,
             verbose=0,
         )

@@ -139,6 +139,7 @@ def test_report_of_an_ablation_goes_into_a_page(tmp_path: Path) -> None:
         # Wherever there are rows; there are none while a changed default has not been run
         *([("long", "README.md")] if (ROOT / "benchmarks" / "results" / "long").exists() else []),
         ("ablation", "benchmarks/README.md"),
+        ("invariance", "benchmarks/README.md"),
     ],
 )
 def test_the_pages_show_what_is_in_the_result_files(tmp_path: Path, protocol: str, source: str) -> None:
@@ -160,7 +161,7 @@ def test_the_pages_show_what_is_in_the_result_files(tmp_path: Path, protocol: st
     assert (results / f"{protocol}.md").read_text() == (ROOT / "benchmarks" / "results" / f"{protocol}.md").read_text()
 
 
-@pytest.mark.parametrize("protocol", ["short", "long", "ablation"])
+@pytest.mark.parametrize("protocol", ["short", "long", "ablation", "invariance"])
 def test_committed_rows_are_of_the_protocols(protocol: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And of today's default, or the command that made them would be refused; trials keep the others."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
@@ -191,6 +192,27 @@ def test_a_checkpoint_of_other_hyperparameters_is_refused(tmp_path: Path, monkey
         _, (changed, _) = read(tmp_path, monkeypatch, **changes)
         with pytest.raises(ValueError, match=r"checkpoint.zip holds a run of other hyperparameters or evaluations.*remove"):
             harness.train(changed, float("inf"), 1e9, "cpu")
+
+
+def test_evaluations_have_env_kwargs_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of training where none are given, as on the zoo's command line: rewards times 0 are learned from, and measured or not."""
+    no_rewards = {"forward_reward_weight": 0, "ctrl_cost_weight": 0, "max_episode_steps": 30}
+    sdac = {**PROTOCOL["configurations"]["SDAC"], "env_kwargs": no_rewards}  # type: ignore[index]
+    changes = {
+        "envs": ["HalfCheetah-v5"],
+        "configurations": {"the same": sdac, "others": {**sdac, "eval_env_kwargs": {"max_episode_steps": 30}}},
+        "n_timesteps": 60,
+        "eval_freq": 60,
+    }
+    harness, runs = read(tmp_path, monkeypatch, **changes)
+    monkeypatch.setattr(harness.shutil, "rmtree", lambda *_, **__: None)  # keeps what the training environments returned
+    for run, measured in zip(runs, (False, True), strict=True):
+        assert harness.train(run, float("inf"), 1e9, "cpu") == "finished"
+        monitors = list(run.checkpoint.rglob("*.monitor.csv"))
+        learned = [float(row.split(",")[0]) for monitor in monitors for row in monitor.read_text().splitlines()[2:]]
+        assert learned and not any(learned)
+        returns = [float(value) for value in run.read_rows()[-1]["returns"].split()]
+        assert all(returns) if measured else not any(returns)
 
 
 def test_evaluations_do_not_pile_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
