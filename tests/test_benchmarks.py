@@ -195,7 +195,7 @@ def test_a_checkpoint_of_other_hyperparameters_is_refused(tmp_path: Path, monkey
 
 
 def test_evaluations_have_env_kwargs_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of training where none are given, as on the zoo's command line: rewards times 0 are learned from, and measured or not."""
+    """Those of training where none are given, as on the zoo's command line; rewards times 0 are learned from."""
     no_rewards = {"forward_reward_weight": 0, "ctrl_cost_weight": 0, "max_episode_steps": 30}
     sdac = {**PROTOCOL["configurations"]["SDAC"], "env_kwargs": no_rewards}  # type: ignore[index]
     changes = {
