@@ -179,6 +179,10 @@ def read_protocol(path: Path, results: Path, work: Path) -> list[Run]:
     return runs
 
 
+class Stopped(Exception):
+    """Ends a run between two updates, which SB3's way, a callback that returns False, does not: it leaves one out."""
+
+
 def train(run: Run, deadline: float, checkpoint_seconds: float, device: str) -> str:
     """
     Train until the run is finished or the deadline has come.
@@ -256,13 +260,15 @@ def train(run: Run, deadline: float, checkpoint_seconds: float, device: str) -> 
             self.resumed_at = self.saved_at = time.time()
 
         def _on_step(self) -> bool:
-            return time.time() < deadline and os.getppid() == parent  # nobody waits for an orphan
+            return True
 
         def _on_rollout_start(self) -> None:  # between two updates, when everything is in the replay buffer
             if self.num_timesteps // run.eval_freq > evaluated_at() // run.eval_freq:
                 self.evaluate()
             if time.time() - self.saved_at > checkpoint_seconds:
                 self.save()
+            if time.time() >= deadline or os.getppid() != parent:  # nobody waits for an orphan
+                raise Stopped
 
         def evaluate(self) -> None:
             self.wall_time += time.time() - self.resumed_at
@@ -298,7 +304,8 @@ def train(run: Run, deadline: float, checkpoint_seconds: float, device: str) -> 
 
     keeper = Keeper()
     with contextlib.closing(model.get_env()), contextlib.closing(eval_env):  # a checkpoint is of open ones
-        model.learn(run.n_timesteps - model.num_timesteps, keeper, log_interval=None, reset_num_timesteps=False)
+        with contextlib.suppress(Stopped):
+            model.learn(run.n_timesteps - model.num_timesteps, keeper, log_interval=None, reset_num_timesteps=False)
         if model.num_timesteps >= run.n_timesteps > evaluated_at():
             keeper.evaluate()
         if not run.is_finished():

@@ -82,6 +82,9 @@ def test_runs_resume_and_are_reported(tmp_path: Path, monkeypatch: pytest.Monkey
         assert all(len(row["returns"].split()) == 2 for row in table)
         assert int(table[-1]["updates"]) >= 1400 and len({row["config"] for row in table}) == 1
 
+    # A stop costs no update: as many as the run that went through has
+    assert len({rows(tmp_path, configuration)[-1]["updates"] for configuration in ("SDAC", "SAC")}) == 1
+
     process = run("report.py", tmp_path)
     assert process.returncode == 0, process.stderr
     score = sum(float(value) for row in rows(tmp_path, "SDAC")[-2:] for value in row["returns"].split()) / 4
