@@ -43,6 +43,7 @@ HERE = Path(__file__).parent
 #: To be raised when SDAC computes something else with the same arguments, if only by a constant such as MAX_GRADIENT_NOISE
 ALGORITHM_VERSION = 8
 NOT_BEGUN = "not begun"
+CHECKPOINT, COUNTERS = "checkpoint.zip", "counters.json"
 COLUMNS = ["configuration", "config", "env", "seed", "env_steps", "updates", "wall_time", "returns"]
 
 
@@ -179,44 +180,22 @@ def read_protocol(path: Path, results: Path, work: Path) -> list[Run]:
     return runs
 
 
-class Stopped(Exception):
-    """Ends a run between two updates, which SB3's way, a callback that returns False, does not: it leaves one out."""
-
-
-def train(run: Run, deadline: float, checkpoint_seconds: float, device: str) -> str:
+def make_or_load(run: Run, device: str) -> tuple[Any, Any, float]:
     """
-    Train until the run is finished or the deadline has come.
-
     :param run: the run
-    :param deadline: when to stop, in the time of ``time.time()``
-    :param checkpoint_seconds: time between two checkpoints
     :param device: for the networks
-    :return: how far it came
+    :return: the model as rl_zoo3 makes it, or as its checkpoint has it, the environments of the evaluations, and the seconds
+        of training so far
+    :raises ValueError: if the checkpoint comes from other hyperparameters
     """
-    # One thread: two processes side by side beat one of two threads, on networks of this size by far
-    os.environ["OMP_NUM_THREADS"] = "1"
-    import torch as th
-
-    th.set_num_threads(1)
     import rl_zoo3.exp_manager
-    import rl_zoo3.utils
-    from stable_baselines3.common.callbacks import BaseCallback
-    from stable_baselines3.common.evaluation import evaluate_policy
-    from stable_baselines3.common.vec_env import VecNormalize, sync_envs_normalization
 
-    from sb3_sdac import zoo
-    from sb3_sdac.checkpoint import load_checkpoint, save_checkpoint
+    from sb3_sdac.checkpoint import load_checkpoint
 
-    zoo.add_algorithm(rl_zoo3.utils)
-
-    if time.time() >= deadline:
-        return NOT_BEGUN
-    parent = os.getppid()
-    checkpoint, counters = run.checkpoint / "checkpoint.zip", run.checkpoint / "counters.json"
-    resumed = None
+    checkpoint, resumed = run.checkpoint / CHECKPOINT, None
     if checkpoint.exists():
         # Saved just before; a kill between the two makes the wall time wrong by no more than one checkpoint's interval
-        resumed = json.loads(counters.read_text())
+        resumed = json.loads((run.checkpoint / COUNTERS).read_text())
         run.check(checkpoint, resumed["config"], resumed["eval_episodes"])
     run.checkpoint.mkdir(parents=True, exist_ok=True)
     hyperparams = dict(run.hyperparams)
@@ -242,9 +221,45 @@ def train(run: Run, deadline: float, checkpoint_seconds: float, device: str) -> 
         model: Any = experiment[0]
         eval_env = manager.create_envs(run.eval_episodes, eval_env=True)  # side by side, one episode each
     eval_env.seed(1_000_000 + run.seed)
+    if resumed is None:
+        return model, eval_env, 0.0
+    return load_checkpoint(checkpoint, model.get_env(), type(model), device), eval_env, resumed["wall_time"]
 
-    if resumed is not None:
-        model = load_checkpoint(checkpoint, model.get_env(), type(model), device)
+
+class Stopped(Exception):
+    """Ends a run between two updates, which SB3's way, a callback that returns False, does not: it leaves one out."""
+
+
+def train(run: Run, deadline: float, checkpoint_seconds: float, device: str) -> str:
+    """
+    Train until the run is finished or the deadline has come.
+
+    :param run: the run
+    :param deadline: when to stop, in the time of ``time.time()``
+    :param checkpoint_seconds: time between two checkpoints
+    :param device: for the networks
+    :return: how far it came
+    """
+    # One thread: two processes side by side beat one of two threads, on networks of this size by far
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch as th
+
+    th.set_num_threads(1)
+    import rl_zoo3.utils
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.evaluation import evaluate_policy
+    from stable_baselines3.common.vec_env import VecNormalize, sync_envs_normalization
+
+    from sb3_sdac import zoo
+    from sb3_sdac.checkpoint import save_checkpoint
+
+    zoo.add_algorithm(rl_zoo3.utils)
+
+    if time.time() >= deadline:
+        return NOT_BEGUN
+    parent = os.getppid()
+    checkpoint, counters = run.checkpoint / CHECKPOINT, run.checkpoint / COUNTERS
+    model, eval_env, wall_time = make_or_load(run, device)
     # Rows after the checkpoint are made anew
     rows: list[dict[str, Any]] = [row for row in run.read_rows() if int(row["env_steps"]) <= model.num_timesteps]
 
@@ -256,7 +271,7 @@ def train(run: Run, deadline: float, checkpoint_seconds: float, device: str) -> 
 
         def __init__(self) -> None:
             super().__init__()
-            self.wall_time = 0.0 if resumed is None else resumed["wall_time"]
+            self.wall_time = wall_time
             self.resumed_at = self.saved_at = time.time()
 
         def _on_step(self) -> bool:
