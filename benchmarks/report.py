@@ -1,8 +1,8 @@
 """
-Tables and pictures of a protocol's runs, from the rows that ``run.py`` left.
+Tables and pictures of the runs of one or several protocols, from the rows that ``run.py`` left.
 
     python benchmarks/report.py benchmarks/short.yml
-    python benchmarks/report.py benchmarks/short.yml --into README.md
+    python benchmarks/report.py benchmarks/short.yml benchmarks/long.yml --into README.md
 
 Writes ``<results>/<protocol>.md``: scores per environment and seed, ratios to SAC, and over all environments the interquartile
 mean and the probability that SDAC beats each of the others (Agarwal et al. 2021, "Deep RL at the edge of the statistical
@@ -210,23 +210,23 @@ def aggregate(table: pd.DataFrame, order: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Write the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("protocol", type=Path)
-    parser.add_argument("--results", type=Path, default=HERE / "results")
-    parser.add_argument("--into", type=Path, metavar="PAGE", help="a Markdown page to put the report into, too")
-    args = parser.parse_args()
-    protocol = yaml.safe_load(args.protocol.read_text())
-    protocol["n_timesteps"] = int(float(protocol["n_timesteps"]))  # as run.py takes it
-    rows = read_results(args.results / args.protocol.stem)
+def report(path: Path, results: Path) -> str:
+    """
+    :param path: of the protocol
+    :param results: folder of the protocols' rows, in which the report and its pictures are written, too
+    :return: the report
+    :raises SystemExit: see :func:`read_results`
+    """
+    protocol = yaml.safe_load(path.read_text())
+    n_timesteps = int(float(protocol["n_timesteps"]))  # as run.py takes it
+    rows = read_results(results / path.stem)
     order = list(protocol["configurations"])
-    table = scores(rows, protocol["n_timesteps"], protocol["score_evaluations"])
     n_last = protocol["score_evaluations"]
+    table = scores(rows, n_timesteps, n_last)
     text = (
         f"Score: {f'mean of the last {n_last} evaluations' if n_last > 1 else 'the last evaluation'}, "
         f"{protocol['eval_episodes']} deterministic episodes{' each' if n_last > 1 else ''}, after "
-        f"{protocol['n_timesteps']:,} environment steps. "
+        f"{n_timesteps:,} environment steps. "
     )
     reference = protocol.get("reference")
     if reference is None:
@@ -237,16 +237,28 @@ def main() -> None:
     else:
         text += f"In brackets that of each seed; ratio of the means to {reference}, mean over the environments. "
         tables = "" if table.empty else ablation(table, order, reference)
-    text += f"Made by `python benchmarks/report.py {args.protocol}`.\n\n{tables}"
-    target = args.results / f"{args.protocol.stem}.md"
+    text += f"Made by `python benchmarks/report.py {path}`.\n\n{tables}"
+    target = results / f"{path.stem}.md"
     target.write_text(text)
     if reference is None:
         plot(rows, order, target.with_suffix(".png"), against_time=False)
         if len(order) > 1:
             plot(rows, order, target.with_name(f"{target.stem}_time.png"), against_time=True)
-    if args.into is not None:
-        insert(text, args.protocol.stem, args.into)
-    print(text)
+    return text
+
+
+def main() -> None:
+    """Write the reports."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("protocols", nargs="+", type=Path, metavar="PROTOCOL")
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--into", type=Path, metavar="PAGE", help="a Markdown page to put the reports into, too")
+    args = parser.parse_args()
+    for path in args.protocols:
+        text = report(path, args.results)
+        if args.into is not None:
+            insert(text, path.stem, args.into)
+        print(text)
 
 
 if __name__ == "__main__":
