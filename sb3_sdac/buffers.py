@@ -17,12 +17,14 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
-from sb3_sdac.policies import is_count
+from sb3_sdac.arguments import is_count
 
+#: Length of the returns where SB3 has a replay buffer for more than one step
+DEFAULT_N_STEPS = 2
 #: SB3's ways to draw a batch that are rows drawn alike and then ``_get_samples``
 _DRAWN_ALIKE = (ReplayBuffer.sample, DictReplayBuffer.sample)
-#: Numbers for :class:`BatchIndices`
-_ARRAYS = count()
+#: Numbers for :class:`BatchIndices`, one each time that arrays move
+_next_version = count().__next__
 ARRAYS = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
 
 
@@ -106,7 +108,7 @@ class DeviceReplayBuffer(NStepReplayBuffer):
         self._gamma = gamma
         # By NumPy, from whose powers PyTorch's may differ in the last bit
         self._discounts = self._to_device(gamma ** np.arange(self.n_steps + 1, dtype=np.float32))  # (n_steps + 1,)
-        self._arrays = next(_ARRAYS)
+        self._arrays = _next_version()
 
     @property
     def device(self) -> th.device:
@@ -116,7 +118,7 @@ class DeviceReplayBuffer(NStepReplayBuffer):
     @device.setter
     def device(self, device: th.device) -> None:
         self._device = th.device(device)
-        self._arrays = next(_ARRAYS)
+        self._arrays = _next_version()
         vars(self).update({name: value.to(device) for name, value in vars(self).items() if isinstance(value, th.Tensor)})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -127,7 +129,7 @@ class DeviceReplayBuffer(NStepReplayBuffer):
     def __deepcopy__(self, memo: dict[int, Any]) -> "DeviceReplayBuffer":
         copied = memo[id(self)] = type(self).__new__(type(self))
         vars(copied).update(copy.deepcopy(vars(self), memo))
-        copied._arrays = next(_ARRAYS)
+        copied._arrays = _next_version()
         return copied
 
     def add(
@@ -217,6 +219,41 @@ class DeviceReplayBuffer(NStepReplayBuffer):
         return (tensor.pin_memory() if self.device.type == "cuda" else tensor).to(self.device, non_blocking=True)
 
 
+def choose_buffer(
+    buffer_class: type[ReplayBuffer] | None,
+    buffer_kwargs: dict[str, Any],
+    n_steps: int | None,
+    gamma: float,
+    optimize_memory_usage: bool,
+    device: th.device,
+    spaces_and_size: tuple[spaces.Space, spaces.Space, int, int],
+) -> tuple[type[ReplayBuffer], dict[str, Any]]:
+    """
+    What the user has left open of the replay buffer, as it suits the rest.
+
+    :param buffer_class: as given to the algorithm, or None
+    :param buffer_kwargs: its keyword arguments
+    :param n_steps: length of the returns, or None for 2 where SB3 has a buffer for more than one step
+    :param gamma: discount factor
+    :param optimize_memory_usage: whether observations are stored once
+    :param device: of the networks
+    :param spaces_and_size: observation space, action space, transitions, number of environments
+    :return: class and keyword arguments
+    """
+    if buffer_class is not None:
+        return buffer_class, buffer_kwargs
+    observation_space, action_space, buffer_size, n_envs = spaces_and_size
+    is_dict = isinstance(observation_space, spaces.Dict)
+    if n_steps is None:
+        n_steps = 1 if is_dict or optimize_memory_usage else DEFAULT_N_STEPS
+    kwargs = {**buffer_kwargs, "n_steps": n_steps, "gamma": gamma}
+    if not optimize_memory_usage and fits_on_device(device, buffer_size, observation_space, action_space, n_envs):
+        return DeviceReplayBuffer, kwargs
+    if n_steps > 1:
+        return NStepReplayBuffer, kwargs
+    return DictReplayBuffer if is_dict else ReplayBuffer, buffer_kwargs
+
+
 def sample_recent(
     buffer: ReplayBuffer, batch_size: int, recency: float, env: VecNormalize | None = None
 ) -> ReplayBufferSamples:
@@ -281,8 +318,6 @@ def _draws_itself(buffer: ReplayBuffer, recency: float) -> bool:
 def _recent_rows(buffer: ReplayBuffer, batch_size: int, recency: float) -> np.ndarray:
     # With observations stored once the oldest row's is overwritten (stable-baselines3, pull request 28)
     n_rows = buffer.size() - (buffer.optimize_memory_usage and buffer.full)
-    if n_rows == 0:
-        raise ValueError("The replay buffer is empty, there is nothing to learn from yet: call learn(), or add transitions")
     ages = (n_rows * np.random.random_sample(batch_size) ** recency).astype(np.int64)
     return (buffer.pos - 1 - ages) % buffer.buffer_size
 

@@ -1,10 +1,12 @@
 """
-What costs less than PyTorch's eager mode: a compiled function, and whole updates and predictions replayed as CUDA graphs.
+What costs less than PyTorch's eager mode: a compiled function, whole updates and predictions replayed as CUDA graphs, and
+settings of the processor.
 
-Neither knows what it speeds up, and neither is ever part of a saved model.
+Nothing here knows what it speeds up, what it speeds up does not know of it, and none of it is ever part of a saved model.
 """
 
 import gc
+import sys
 import threading
 import warnings
 import weakref
@@ -51,6 +53,56 @@ class Compiled:
             self._active = self.function
             warnings.warn(f"compile=True: torch.compile fails here, the function runs as it is: {error!r}", stacklevel=2)
         return result
+
+
+@contextmanager
+def denormals_flushed() -> Iterator[None]:
+    """
+    Numbers below float32's smallest normal one, 1.2e-38, count as 0. Processors are slow with them, and SiLU has such
+    derivatives at inputs below -88: they made updates five times as long (docs/what_we_tried.md, "The order
+    of normalisation and activation").
+    """
+    were_flushed = sys.float_info.min / 2 == 0
+    th.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        th.set_flush_denormal(were_flushed)
+
+
+def has_bfloat16(device: th.device) -> bool:
+    """
+    :param device: where the networks are
+    :return: whether matrix products in bfloat16 are faster there than in float32
+    """
+    if device.type == "cuda":
+        with th.cuda.device(device):  # it is asked of the current one
+            return th.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    # Not public, so they may go
+    probes = [getattr(th.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+    return any(probe is not None and probe() for probe in probes)
+
+
+def keep_freed_memory() -> None:
+    """
+    Make glibc keep large blocks instead of giving them back to the system at once: new pages cost more than the arithmetic
+    on them. It does so from when it has seen one of nearly 32 MiB freed (mallopt(3), M_MMAP_THRESHOLD); 2,000 page faults
+    per update less.
+    """
+    th.empty(2**25 - 2**16, dtype=th.uint8)
+
+
+def addresses(module: th.nn.Module) -> tuple[int, ...]:
+    """
+    For the key of :class:`Graphed`: a graph reads where its tensors were when it was captured.
+
+    :param module: a network
+    :return: where its parameters and buffers are
+    """
+    tensors = (t for part in module.modules() for t in (*part._parameters.values(), *part._buffers.values()))
+    return tuple(tensor.data_ptr() for tensor in tensors if tensor is not None)
 
 
 def set_learning_rate(optimizer: th.optim.Optimizer, learning_rate: float) -> None:
@@ -118,12 +170,15 @@ class Graphed:
 
     def copied(self, batch: Any, *flags: Hashable) -> Any:
         """
-        As a call, but from any thread, and what it returns is the caller's for good.
+        As a call, but from any thread, in any mode, and what it returns is the caller's for good.
 
         :param batch: see :meth:`__call__`
         :param flags: see :meth:`__call__`
         :return: what the function returns
         """
+        # A graph holds the modes it was captured in
+        if th.is_grad_enabled() or th.is_inference_mode_enabled() or th.is_autocast_enabled("cuda"):
+            return self.function(batch, *flags)
         with self._lock:
             return pytree.tree_map_only(th.Tensor, th.Tensor.clone, self(batch, *flags))
 
@@ -136,7 +191,9 @@ class Graphed:
         leaves, structure = pytree.tree_flatten(batch)
         tensors = [leaf for leaf in leaves if isinstance(leaf, th.Tensor)]
         others = [leaf for leaf in leaves if not isinstance(leaf, th.Tensor)]
-        if self._failed or not tensors or not all(isinstance(leaf, (int, float, str, type(None))) for leaf in others):
+        if not tensors or not all(tensor.is_cuda for tensor in tensors):  # moved since, or a copy that was
+            return self.function(batch, *flags)
+        if self._failed or not all(isinstance(leaf, (int, float, str, type(None))) for leaf in others):
             return self.function(batch, *flags)
         # The structure for the order of the keys of a dict
         key = (flags, self.key(), repr(structure), *others, *((leaf.shape, leaf.dtype) for leaf in tensors))

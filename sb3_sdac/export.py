@@ -229,11 +229,11 @@ class DeterministicActor(nn.Module):
         :return: actions, shape (B, N, *action_space.shape), and their Q, shape (B, N), which is 0 if N is 1
         """
         obs, actor = self._prepare(obs), self.policy.actor
-        particles = actor.sample(actor.encode(obs), actor.fixed_x_T, actor.fixed_step_noise)
+        particles = actor.sample(actor.encode(obs), *actor.sampler.fixed_noise(self.policy.n_particles))
         batch_size, n_particles, _ = particles.shape
         q_values = particles.new_zeros(batch_size, 1)
         if n_particles > 1:
-            q_values = self.policy.critic.q(self.policy.critic.encode(obs), particles)
+            q_values = self.policy.q(self.policy.critic.encode(obs), particles)
         return self._unscale(particles.flatten(end_dim=1)).unflatten(0, (batch_size, n_particles)), q_values
 
     def sample_observations(self, batch_size: int, seed: int = 0) -> PyTorchObs:
@@ -354,7 +354,7 @@ def _compare(actor: DeterministicActor, session: Any, batch_size: int) -> None:
     differences = differences.flatten(2).amax(2)  # (B, N, ...) -> (B, N)
     # The first denoising step multiplies the rounding of the predicted noise by 1 / sqrt(abar) (DDPM, below
     # equation 15): 12 with the default betas, 436 with linear ones, where one observation in fifty may notice
-    gain = actor.policy.actor.diffusion.sqrt_recip_alphas_cumprod[-1].item()
+    gain = actor.policy.actor.sampler.diffusion.sqrt_recip_alphas_cumprod[-1].item()
     rounding = 1e-5 + 10 * gain * th.finfo(th.float32).eps
     as_good = q_values >= q_values.amax(1, keepdim=True) - rounding * (1 + q_values.abs().amax(1, keepdim=True))
     worst = differences.masked_fill(~as_good, th.inf).amin(1).amax().item()

@@ -1,71 +1,25 @@
 """
 The networks: a noise predictor that knows features, noisy samples and diffusion steps, and a batched ensemble of critics.
 
-Both compute what the features contribute to their first layer once per observation (``encode``) and share it among
-all particles, candidates and denoising steps; the result is that of one linear layer on the concatenated input.
+Both compute the features' share of their first layer once per observation (``encode``) and share it among all particles,
+candidates and denoising steps; the result is that of one linear layer on the concatenated input.
 """
 
 import math
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from itertools import pairwise
-from typing import Any
 
 import torch as th
 from stable_baselines3.common.torch_layers import create_mlp
 from torch import nn
 from torch.nn import functional as F
 
+from sb3_sdac.mish import Mish
+from sb3_sdac.normalisation import BatchStatistics, NormLimit
+from sb3_sdac.value_bins import ValueBins
+
 #: Width of the embedding of the diffusion step, as in official SDAC
 TIME_DIM = 16
-#: Largest norm of the actor's features around their mean, root mean square. A step of Adam changes what a layer gives in
-#: proportion to the norm of its inputs; by measurement: benchmarks/trials.md, "The actor's features"
-MAX_FEATURE_NORM = 20.0
-#: :class:`ValueBins`: up to where the bins are about evenly wide, and the standard deviation of a target in widths of a bin
-LINEAR_RANGE, TARGET_STD = 10.0, 0.75
-
-
-def _mish(x: th.Tensor) -> th.Tensor:
-    """x tanh(softplus(x)) = x - 2x / d with d = e^2 + 2e + 2, e = exp(x): one exponential where ATen's kernel takes three."""
-    exp = x.exp()
-    # Where exp overflows, d is infinite and the value x, as it should be
-    return th.addcdiv(x, x, (exp + 2).mul_(exp).add_(2), value=-2)
-
-
-class _MishFunction(th.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: th.Tensor) -> th.Tensor:
-        ctx.save_for_backward(x)
-        return _mish(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: th.Tensor) -> th.Tensor:
-        (x,) = ctx.saved_tensors
-        # d' = 2 e (e + 1), so the derivative is 1 - 2 / d + 4 x e (e + 1) / d^2. At x = 20 it is 1 to float32 rounding,
-        # and clamping there keeps e^2 / d^2 from becoming infinity over infinity
-        x = x.clamp(max=20)
-        exp = x.exp()
-        reciprocal = (exp + 2).mul_(exp).add_(2).reciprocal_()
-        slope = (exp + 1).mul_(exp).mul_(x).mul_(reciprocal).mul_(2).sub_(1).mul_(reciprocal).mul_(2).add_(1)
-        return slope.mul_(grad_outputs[0])
-
-
-class Mish(nn.Module):
-    """
-    The activation function of ``torch.nn.Mish`` (Misra 2019, arXiv 1908.08681), to rounding, in about a third of its
-    time on a CPU. The networks use it where ``nn.Mish`` is asked for.
-    """
-
-    def forward(self, x: th.Tensor) -> th.Tensor:
-        """
-        :param x: any shape
-        :return: x tanh(softplus(x)), same shape
-        """
-        if th.compiler.is_compiling():
-            return _mish(x)
-        # On a GPU launches count, and ATen's kernel is one
-        return F.mish(x) if x.is_cuda else _MishFunction.apply(x)
 
 
 def lecun_normal_(weight: th.Tensor, fan_in: int) -> None:
@@ -114,82 +68,6 @@ def last_in_float32(layers: Iterable[Callable[[th.Tensor], th.Tensor]], x: th.Te
         return last(x)
     with th.autocast(x.device.type, enabled=False):
         return last(x.float())
-
-
-@contextmanager
-def denormals_flushed() -> Iterator[None]:
-    """
-    Numbers below float32's smallest normal one, 1.2e-38, count as 0. Processors are slow with them, and SiLU has such
-    derivatives at inputs below -88: they made updates five times as long (benchmarks/trials.md, "The order of
-    normalisation and activation").
-    """
-    were_flushed = sys.float_info.min / 2 == 0
-    th.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        th.set_flush_denormal(were_flushed)
-
-
-class NormLimit(nn.Module):
-    """
-    Features minus their mean, divided by a power of their standard deviation, the least that brings the norm of all (root mean
-    square) down to ``MAX_FEATURE_NORM``. Where it is not above that anyway the power is 0 and they keep their scale: were they
-    normalised, rare contacts would be as loud as velocities.
-
-    Mean and variance are moving averages over the batches seen in training mode, and used there, too: the noise predictor
-    gets in learning what it gets in acting. Momentum as in :class:`BatchStatistics`. Nothing is learned, as a linear layer
-    follows.
-
-    :param n_features: F
-    """
-
-    running_mean: th.Tensor
-    running_var: th.Tensor
-    running_scale: th.Tensor
-
-    def __init__(self, n_features: int):
-        super().__init__()
-        self.register_buffer("running_mean", th.zeros(n_features))
-        self.register_buffer("running_var", th.zeros(n_features))
-        self.register_buffer("running_scale", th.ones(n_features))  # follows from the variance; acting has it ready
-
-    def forward(self, features: th.Tensor) -> th.Tensor:
-        """
-        :param features: shape (B, F)
-        :return: same shape
-        """
-        if self.training and len(features) > 1:  # a single one has no variance
-            with th.no_grad():
-                variance, mean = th.var_mean(features, dim=0)
-                self.running_mean.lerp_(mean, BatchStatistics.momentum)
-                self.running_var.lerp_(variance, BatchStatistics.momentum)
-                self.running_scale.copy_(limiting_scale(self.running_var.sqrt(), MAX_FEATURE_NORM))
-        return (features - self.running_mean) * self.running_scale
-
-
-def limiting_scale(stds: th.Tensor, max_norm: float) -> th.Tensor:
-    """
-    s^-p with the least p in [0, 1] at which the squared norm, the sum of s^(2 - 2p), is at most max_norm^2. With more than
-    max_norm^2 features there may be none; then it is at most F, as normalised features have it, and the rest is one factor.
-
-    The logarithm of that sum is convex in p, and falls wherever it is above log F: Newton's method comes from p = 0 and stays
-    below the solution. A feature that hardly moves counts as one of a hundredth of the mean standard deviation.
-
-    :param stds: s, shape (F,), standard deviations of the features
-    :param max_norm: positive
-    :return: shape (F,)
-    """
-    log_std = stds.clamp(min=1e-2 * stds.mean()).clamp(min=1e-6).log()
-    target = max(2 * math.log(max_norm), math.log(len(stds)))
-    power = th.zeros_like(log_std[0])
-    for _ in range(6):  # by then exact to rounding
-        exponents = (2 - 2 * power) * log_std
-        excess = exponents.logsumexp(0) - target
-        fall = 2 * (exponents.softmax(0) * log_std).sum()
-        power = th.where(excess > 0, power + excess / fall, power).clamp(max=1)
-    log_norm = ((2 - 2 * power) * log_std).logsumexp(0) / 2
-    return (-power * log_std + (math.log(max_norm) - log_norm).clamp(max=0)).exp()
 
 
 class NoisePredictor(nn.Module):
@@ -258,26 +136,6 @@ class NoisePredictor(nn.Module):
         hidden = F.linear(x_t, self.first.weight[:, self._splits[0] : -self._splits[2]])
         # In the precision of the matrix product, should that be bfloat16
         return last_in_float32(self.rest, hidden + (encoded + encoded_t).to(hidden.dtype))
-
-
-class BatchStatistics(nn.Module):
-    """
-    What batch normalisation learns and remembers, under PyTorch's names, without the count of batches that loading a bare
-    dictionary into ``nn.BatchNorm1d`` would ask for. Momentum and epsilon of CrossQ.
-
-    :param n_features: channels
-    """
-
-    running_mean: th.Tensor
-    running_var: th.Tensor
-    momentum, eps = 0.01, 1e-3
-
-    def __init__(self, n_features: int):
-        super().__init__()
-        self.weight = nn.Parameter(th.ones(n_features))
-        self.bias = nn.Parameter(th.zeros(n_features))
-        self.register_buffer("running_mean", th.zeros(n_features))
-        self.register_buffer("running_var", th.ones(n_features))
 
 
 class EnsembleLinear(nn.Module):
@@ -352,67 +210,6 @@ def _ensemble_linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Ten
     if weight.shape[-1] == 1:  # a batched matrix product takes ten times as long for a single column
         return th.linalg.vecdot(x, weight.mT).unsqueeze(-1) + bias
     return th.baddbmm(bias, x, weight)
-
-
-class ValueBins(nn.Module):
-    """
-    Values as distributions over M fixed ones, learned by classification (HL-Gauss: Imani and White 2018, arXiv 1806.04613;
-    Farebrother et al. 2024, "Stop Regressing", arXiv 2403.03950).
-
-    The M values are evenly spaced in asinh(value / ``LINEAR_RANGE``): evenly around 0, in proportion to themselves far from
-    it, so that few serve all sizes of values.
-
-    :param n_bins: M, at least 2
-    :param max_value: largest of the M values; the least is its negative
-    """
-
-    support: th.Tensor
-
-    def __init__(self, n_bins: int, max_value: float):
-        super().__init__()
-        positions = math.asinh(max_value / LINEAR_RANGE) * th.linspace(-1, 1, n_bins, dtype=th.float64)
-        # Saved with the weights, whose meaning it is
-        self.register_buffer("support", (LINEAR_RANGE * positions.sinh()).float())
-
-    def mean(self, logits: th.Tensor) -> th.Tensor:
-        """
-        :param logits: shape (..., M)
-        :return: what the distributions are worth, shape (...)
-        """
-        return logits.softmax(dim=-1) @ self.support
-
-    def project(self, targets: th.Tensor) -> th.Tensor:
-        """
-        Normal distributions around the targets, as wide as the bins there, brought to the M values: what lies between two of
-        them is divided such that the mean stays (as in C51, Bellemare et al. 2017, arXiv 1707.06887).
-
-        With hat functions on the values, the weight of one is the difference between the means of the distribution function
-        over the intervals on its right and on its left.
-
-        :param targets: shape (...); beyond the M values they count as the outermost
-        :return: probabilities, shape (..., M)
-        """
-        max_value, widths = self.support[-1], self.support.diff()
-        targets = targets.clamp(-max_value, max_value).unsqueeze(-1)
-        # d value / d asinh(value / r) = hypot(value, r), times the step in asinh(value / r) is the width of a bin there
-        step = 2 * (max_value / LINEAR_RANGE).asinh() / len(widths)
-        std = TARGET_STD * step * (targets.square() + LINEAR_RANGE**2).sqrt()
-        # The integral of the distribution function up to x is max(x, 0) + std h(|x| / std), h(z) = phi(z) - z Phi(-z). The
-        # first part apart, since differences of large numbers that are nearly equal would lose digits
-        z = (self.support - targets).abs() / std
-        smoothing = std * ((-z.square() / 2).exp() / math.sqrt(2 * math.pi) - z * th.special.ndtr(-z))
-        means = ((self.support[1:] - targets) / widths).clamp(0, 1) + smoothing.diff(dim=-1) / widths
-        return th.cat([means[..., :1], means.diff(dim=-1), 1 - means[..., -1:]], dim=-1)
-
-    def loss(self, logits: th.Tensor, targets: th.Tensor) -> th.Tensor:
-        """
-        Cross-entropy of the distributions against those of :meth:`project`.
-
-        :param logits: shape (..., M)
-        :param targets: broadcastable to (...)
-        :return: shape (...)
-        """
-        return -(self.project(targets) * logits.log_softmax(dim=-1)).sum(dim=-1)
 
 
 class CriticEnsemble(nn.Module):
@@ -490,9 +287,11 @@ class CriticEnsemble(nn.Module):
         # (B, N, A) -> (C, B * N, A) @ (C, A, H) -> (C, B * N, H) -> (C, B, N, H), plus (C, B, 1, H). Torch would lay out
         # a plain product the other way round when there is a gradient, and turn it afterwards
         hidden = actions.flatten(end_dim=-2).expand(n_critics, -1, -1).bmm(weight)
-        hidden = hidden.view(n_critics, batch_size, -1, width) + encoded.to(hidden.dtype).unsqueeze(2)
+        n_actions = actions.shape[1] if actions.ndim == 3 else 1  # not -1, which an empty batch leaves open
+        hidden = hidden.view(n_critics, batch_size, n_actions, width) + encoded.to(hidden.dtype).unsqueeze(2)
         # (C, B, N, H) -> (C, B * N, H) -> (C, B * N, M) -> (C, B, M) or (C, B, N, M)
-        return last_in_float32(self.rest, hidden.flatten(1, 2)).view(n_critics, *actions.shape[:-1], -1)
+        outputs = last_in_float32(self.rest, hidden.flatten(1, 2))
+        return outputs.view(n_critics, *actions.shape[:-1], outputs.shape[-1])
 
     def normalise_batch(self, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
         """

@@ -20,8 +20,10 @@ from gymnasium import spaces
 from stable_baselines3.common.type_aliases import GymEnv
 from torch import nn
 
+from sb3_sdac.dpmd import DPMD
 from sb3_sdac.networks import TIME_DIM, CriticEnsemble, EnsembleLinear, NoisePredictor
-from sb3_sdac.sdac import PAPER_SDAC, SDAC
+from sb3_sdac.presets import PAPER_DPMD, PAPER_SDAC
+from sb3_sdac.sdac import SDAC
 
 #: A network's layers in order: weight (in, out) and bias (out,)
 Layers = list[tuple[np.ndarray, np.ndarray]]
@@ -239,12 +241,12 @@ def set_critics(critics: CriticEnsemble, members: list[Layers]) -> None:
 def load_official(
     path: str | Path,
     env: GymEnv | str | tuple[spaces.Space, spaces.Box],
-    beta_schedule: str = "linear",
+    algorithm: type[SDAC] = SDAC,
     **kwargs: Any,
 ) -> SDAC:
     """
-    An authors' checkpoint as a model with their settings (``PAPER_SDAC``), which acts as theirs does and can be evaluated,
-    saved, and trained on.
+    An authors' checkpoint as a model with their settings (``PAPER_SDAC`` or ``PAPER_DPMD``), which acts as theirs does and can
+    be evaluated, saved, and trained on.
 
     The file holds the averaged actor, the temperature and the two critics. The actor that its average follows, the target
     critics, the optimizers, the counters and the replay buffer are not in it: for training on, actor and target critics
@@ -252,16 +254,19 @@ def load_official(
 
     :param path: the file, see :func:`read_official`
     :param env: the environment, its id, or (observation space, action space) for a model that acts until ``set_env``
-    :param beta_schedule: ``"linear"``, or ``"cosine"`` for checkpoints of the paper's first version
-    :param kwargs: arguments of SDAC that replace those of ``PAPER_SDAC``, for instance ``**PAPER_DPMD`` or ``n_particles``
+    :param algorithm: whose checkpoint it is: :class:`~sb3_sdac.SDAC`, or :class:`~sb3_sdac.DPMD`
+    :param kwargs: arguments of the algorithm that replace the authors', for instance
+        ``policy_kwargs=dict(beta_schedule="cosine")`` for checkpoints of the paper's first version
     :return: the model
     :raises ValueError: if the file is not such a checkpoint, does not fit the environment, or an argument contradicts it
     """
     params = read_official(path)
-    policy_kwargs = {**PAPER_SDAC["policy_kwargs"], **(kwargs.pop("policy_kwargs", None) or {})}
-    arguments: dict[str, Any] = {**PAPER_SDAC, **kwargs, "beta_schedule": beta_schedule}
-    own = {"net_arch", "n_critics", "features_extractor_class"} & policy_kwargs.keys()
-    own |= {name for name in ("batch_norm", "n_bins") if arguments[name] != PAPER_SDAC[name]}
+    preset = PAPER_DPMD if issubclass(algorithm, DPMD) else PAPER_SDAC
+    given = kwargs.pop("policy_kwargs", None) or {}
+    policy_kwargs = {**preset["policy_kwargs"], **given}
+    arguments: dict[str, Any] = {**preset, **kwargs}
+    own = {"net_arch", "n_critics", "features_extractor_class"} & given.keys()
+    own |= {name for name in ("batch_norm", "n_bins") if policy_kwargs[name] != preset["policy_kwargs"][name]}
     if own:
         raise ValueError(f"The file says what the networks are: leave {', '.join(sorted(own))} out")
     policy_kwargs["net_arch"] = {
@@ -271,7 +276,7 @@ def load_official(
     arguments["policy_kwargs"] = policy_kwargs
 
     space_pair = env if isinstance(env, tuple) else None
-    model = SDAC("MlpPolicy", None if space_pair else env, **arguments, _init_setup_model=False)  # type: ignore[arg-type]
+    model = algorithm("MlpPolicy", None if space_pair else env, **arguments, _init_setup_model=False)  # type: ignore[arg-type]
     if space_pair is not None:
         # As SB3's load() does it without an environment
         model.observation_space, model.action_space = space_pair

@@ -25,7 +25,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Figure as LoggedFigure
 from stable_baselines3.common.type_aliases import PyTorchObs
 
-from sb3_sdac.policies import Critic, DiffusionPolicy, is_count
+from sb3_sdac.arguments import is_count
+from sb3_sdac.policies import DiffusionPolicy
 
 try:
     from matplotlib.axes import Axes
@@ -108,7 +109,7 @@ def plot_q_landscape(model: BaseAlgorithm, obs: Obs, dims: Sequence[int] | None 
         actions[:, slice_dims] = points
         with _undisturbed(model):
             tensor, _ = model.policy.obs_to_tensor(_repeat(model, obs, len(points)))
-            return _q(critic, tensor, th.as_tensor(actions, device=model.device))
+            return _q(model, critic, tensor, th.as_tensor(actions, device=model.device))
 
     def draw_one(axes: Axes, i: int) -> None:
         axes.plot(low[i] + (grid + 1) / 2 * (high[i] - low[i]), values(i))
@@ -152,7 +153,7 @@ def plot_denoising(model: BaseAlgorithm, obs: Obs, dims: Sequence[int] = (0, 1),
     try:
         with _undisturbed(model):
             tensor, _ = model.policy.obs_to_tensor(_repeat(model, obs, 1))
-            path.append(actor.sample(actor.encode(tensor), *actor.draw_noise(1, n_particles)))
+            path.append(actor.sample(actor.encode(tensor), *actor.sampler.draw_noise(1, n_particles)))
     finally:
         hook.remove()
     # (S + 1) times (1, N, A) -> (S + 1, N, A)
@@ -268,8 +269,9 @@ def _deterministic_action(model: BaseAlgorithm, obs: Obs) -> np.ndarray:
     return action.flatten()
 
 
-def _q(critic: th.nn.Module, obs: PyTorchObs, actions: th.Tensor) -> np.ndarray:
+def _q(model: BaseAlgorithm, critic: th.nn.Module, obs: PyTorchObs, actions: th.Tensor) -> np.ndarray:
     """
+    :param model: whose critic
     :param critic: SB3's interface: a tuple of one value per critic, or TQC's quantiles, shape (M, C, quantiles)
     :param obs: M observations
     :param actions: actions in [-1, 1], shape (M, A)
@@ -279,7 +281,7 @@ def _q(critic: th.nn.Module, obs: PyTorchObs, actions: th.Tensor) -> np.ndarray:
     if isinstance(values, th.Tensor):
         values = values.mean(dim=2).unbind(dim=1)  # (M, C, quantiles) -> C times (M,)
     stacked = th.stack([value.flatten() for value in values])  # (C, M)
-    q_values = critic.pessimistic(stacked) if isinstance(critic, Critic) else stacked.amin(dim=0)
+    q_values = model.policy.pessimistic(stacked) if isinstance(model.policy, DiffusionPolicy) else stacked.amin(dim=0)
     return q_values.detach().cpu().numpy()
 
 

@@ -7,7 +7,7 @@ dimension, C critics, H width of a network's first layer. Actions are scaled to 
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch as th
@@ -24,16 +24,9 @@ from stable_baselines3.common.torch_layers import (
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
+from sb3_sdac.arguments import LiveArguments, check, check_choice, check_finite, is_count, is_fraction, is_number, is_positive
 from sb3_sdac.diffusion import BETA_SCHEDULES, GaussianDiffusion
 from sb3_sdac.networks import CriticEnsemble, NoisePredictor
-
-
-def is_count(value: Any) -> bool:
-    """
-    :param value: anything
-    :return: whether it is an integer (Python's or NumPy's) of at least 1
-    """
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and bool(value >= 1)
 
 
 def _constructor_parameters(model: BaseModel, cls: type[BaseModel]) -> dict[str, Any]:
@@ -48,9 +41,124 @@ def _constructor_parameters(model: BaseModel, cls: type[BaseModel]) -> dict[str,
     return {name: getattr(model, name) for name in names}
 
 
-class Actor(BasePolicy):
+class Sampler(LiveArguments, nn.Module):
     """
-    Features extractor, noise predictor and the diffusion that turns its predictions into actions.
+    How actions are denoised: the diffusion, where it starts, and the noise of ``deterministic=True``. Nothing is learned.
+
+    An actor and its moving average share one. It is made anew when a setting changes (``policy.eta = 1.0``).
+
+    :param action_dim: A
+    :param n_diffusion_steps: T
+    :param n_sampling_steps: denoising steps taken to draw an action, between 1 and T
+    :param eta: 0 for deterministic denoising (DDIM) up to 1 for ancestral sampling (DDPM)
+    :param init_noise_scale: standard deviation of x_T
+    :param beta_schedule: one of ``BETA_SCHEDULES``
+    :param n_particles: N, particles of a deterministic action
+    """
+
+    SETTINGS = ("n_diffusion_steps", "n_sampling_steps", "eta", "init_noise_scale", "beta_schedule", "n_particles")
+    FIXED: ClassVar[dict[str, str]] = {name: f"set model.policy.{name}" for name in SETTINGS}
+
+    fixed_x_T: th.Tensor
+    fixed_step_noise: th.Tensor
+
+    def __init__(
+        self,
+        action_dim: int,
+        n_diffusion_steps: int,
+        n_sampling_steps: int,
+        eta: float,
+        init_noise_scale: float,
+        beta_schedule: str,
+        n_particles: int,
+    ):
+        super().__init__()
+        self.action_dim = action_dim
+        self.n_diffusion_steps = n_diffusion_steps
+        self.n_sampling_steps = n_sampling_steps
+        self.eta = eta
+        self.init_noise_scale = init_noise_scale
+        self.beta_schedule = beta_schedule
+        self.n_particles = n_particles
+        check(self, is_count, "an integer of at least 1", "n_diffusion_steps", "n_sampling_steps", "n_particles")
+        allowed = f"at most n_diffusion_steps={n_diffusion_steps}"
+        check(self, lambda value: value <= n_diffusion_steps, allowed, "n_sampling_steps")
+        check(self, is_fraction, "a number between 0 and 1", "eta")
+        check(self, is_positive, "a positive number", "init_noise_scale")
+        check_choice(self, beta_schedule=BETA_SCHEDULES)
+        self.diffusion = GaussianDiffusion(BETA_SCHEDULES[beta_schedule](n_diffusion_steps), n_sampling_steps, eta)
+
+        # The same noise for every observation, so that a deterministic action depends on nothing else. The first particle
+        # starts from the most likely x_T, zero. Drawn by NumPy's legacy generator, whose stream is frozen for good, hence not
+        # part of the state_dict and free to change with the number of particles.
+        random_state = np.random.RandomState(0)
+        x_T = init_noise_scale * random_state.standard_normal((1, n_particles, action_dim))
+        x_T[:, 0] = 0
+        step_noise = random_state.standard_normal((n_sampling_steps, 1, n_particles, action_dim))
+        self.register_buffer("fixed_x_T", th.as_tensor(x_T, dtype=th.float32), persistent=False)
+        self.register_buffer("fixed_step_noise", th.as_tensor(step_noise, dtype=th.float32), persistent=False)
+        self._go_live()
+
+    def changed(self, **settings: Any) -> "Sampler":
+        """
+        :param settings: that are to be other ones
+        :return: a new sampler, on the same device
+        :raises ValueError: for settings outside their range
+        """
+        kept = {name: getattr(self, name) for name in self.SETTINGS}
+        return Sampler(self.action_dim, **{**kept, **settings}).to(self.fixed_x_T.device)
+
+    def fixed_noise(self, n_particles: int) -> tuple[th.Tensor, th.Tensor]:
+        """
+        :param n_particles: the first of the N
+        :return: x_T, shape (1, n_particles, A), and the noise of the steps, shape (n_sampling_steps, 1, n_particles, A)
+        """
+        return self.fixed_x_T[:, :n_particles], self.fixed_step_noise[:, :, :n_particles]
+
+    def draw_noise(self, batch_size: int, n_particles: int) -> tuple[th.Tensor, th.Tensor | None]:
+        """
+        :param batch_size: B
+        :param n_particles: N
+        :return: x_T, shape (B, N, A), and the noise of the steps, shape (n_sampling_steps, B, N, A), or None if they add none
+        """
+        shape, device = (batch_size, n_particles, self.action_dim), self.fixed_x_T.device
+        x_T = self.init_noise_scale * th.randn(shape, device=device)
+        step_noise = th.randn((self.n_sampling_steps, *shape), device=device) if self.eta > 0 else None
+        return x_T, step_noise
+
+
+class _ActingPolicy(LiveArguments, BasePolicy):
+    """A policy that refuses observations that are not numbers, which would become actions that are none."""
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """
+        See SB3's ``BasePolicy.predict``.
+
+        :param observation: one observation, or a batch of them
+        :param state: not used, handed back
+        :param episode_start: not used
+        :param deterministic: make the action a function of the observation alone
+        :return: actions of the action space, with a batch axis if the observations have one; state
+        :raises ValueError: for observations that are NaN or infinite
+        """
+        check_finite(
+            "observation",
+            observation,
+            "given to predict() is not finite: {value}. Mend the environment or what comes between it and the policy "
+            "(VecNormalize's statistics, a sensor), or skip this observation.",
+        )
+        return super().predict(observation, state, episode_start, deterministic)
+
+
+class Actor(_ActingPolicy):
+    """
+    Features extractor, noise predictor and the sampler that turns its predictions into actions.
 
     Used alone it acts without critics, on a single particle (with ``average_actor``, the policy acts with ``actor_target``).
     See :class:`DiffusionPolicy` for the arguments not listed.
@@ -86,40 +194,25 @@ class Actor(BasePolicy):
         self.net_arch = net_arch
         self.features_dim = features_dim
         self.activation_fn = activation_fn
-        self.n_diffusion_steps = n_diffusion_steps
-        self.n_sampling_steps = n_sampling_steps
-        self.eta = eta
-        self.init_noise_scale = init_noise_scale
-        self.beta_schedule = beta_schedule
-        self.n_particles = n_particles
         self.batch_norm = batch_norm
-
         self.action_dim = get_action_dim(action_space)
-        self.diffusion = GaussianDiffusion(BETA_SCHEDULES[beta_schedule](n_diffusion_steps), n_sampling_steps, eta)
+        self.sampler = Sampler(
+            self.action_dim, n_diffusion_steps, n_sampling_steps, eta, init_noise_scale, beta_schedule, n_particles
+        )
         self.noise_predictor = NoisePredictor(
             features_dim, self.action_dim, n_diffusion_steps, net_arch, activation_fn, limit_features=batch_norm
         )
-        self._register_fixed_noise()
+        self._go_live()
+
+    FIXED: ClassVar[dict[str, str]] = {
+        **Sampler.FIXED,
+        **dict.fromkeys(("net_arch", "activation_fn", "batch_norm"), "networks cannot be changed, make a new model"),
+    }
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        return _constructor_parameters(self, Actor)
-
-    fixed_x_T: th.Tensor
-    fixed_step_noise: th.Tensor
-
-    def _register_fixed_noise(self) -> None:
-        """
-        The noise of ``deterministic=True``: the same for every observation, so that the action depends on nothing else.
-
-        The first particle starts from the most likely x_T, zero. Drawn by NumPy's legacy generator, whose stream is
-        frozen for good, hence not part of the ``state_dict`` and free to change with the number of particles.
-        """
-        random_state = np.random.RandomState(0)
-        x_T = self.init_noise_scale * random_state.standard_normal((1, self.n_particles, self.action_dim))
-        x_T[:, 0] = 0
-        step_noise = random_state.standard_normal((self.n_sampling_steps, 1, self.n_particles, self.action_dim))
-        self.register_buffer("fixed_x_T", th.as_tensor(x_T, dtype=th.float32), persistent=False)
-        self.register_buffer("fixed_step_noise", th.as_tensor(step_noise, dtype=th.float32), persistent=False)
+        settings = {name: getattr(self.sampler, name) for name in Sampler.SETTINGS}
+        own = set(inspect.signature(Actor.__init__).parameters) - {"self", *settings}
+        return {**{name: getattr(self, name) for name in own}, **settings}
 
     def encode(self, obs: PyTorchObs) -> th.Tensor:
         """
@@ -162,20 +255,7 @@ class Actor(BasePolicy):
         shared = encoded.unsqueeze(1)  # (B, H) -> (B, 1, H), to broadcast over N
         encoded_t = self.noise_predictor.encode_time()  # (T, H)
         x_T = x_T.expand(encoded.shape[0], -1, -1)
-        return self.diffusion.sample(lambda x_t, t: predict_noise(shared, x_t, encoded_t[t]), x_T, step_noise)
-
-    def draw_noise(self, batch_size: int, n_particles: int) -> tuple[th.Tensor, th.Tensor | None]:
-        """
-        Random numbers for :meth:`sample`.
-
-        :param batch_size: B
-        :param n_particles: N
-        :return: x_T, shape (B, N, A), and the noise of the steps, shape (n_sampling_steps, B, N, A), or None if they add none
-        """
-        shape = (batch_size, n_particles, self.action_dim)
-        x_T = self.init_noise_scale * th.randn(shape, device=self.device)
-        step_noise = th.randn((self.n_sampling_steps, *shape), device=self.device) if self.eta > 0 else None
-        return x_T, step_noise
+        return self.sampler.diffusion.sample(lambda x_t, t: predict_noise(shared, x_t, encoded_t[t]), x_T, step_noise)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         """
@@ -186,17 +266,14 @@ class Actor(BasePolicy):
         :return: actions in [-1, 1], shape (B, A)
         """
         encoded = self.encode(obs)
-        if deterministic:
-            x_T, step_noise = self.fixed_x_T[:, :1], self.fixed_step_noise[:, :, :1]
-        else:
-            x_T, step_noise = self.draw_noise(encoded.shape[0], 1)  # type: ignore[assignment]
-        return self.sample(encoded, x_T, step_noise).squeeze(1)
+        noise = self.sampler.fixed_noise(1) if deterministic else self.sampler.draw_noise(encoded.shape[0], 1)
+        return self.sample(encoded, *noise).squeeze(1)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         return self(observation, deterministic)
 
 
-class Critic(BaseModel):
+class Critic(LiveArguments, BaseModel):
     """
     Features extractor and an ensemble of Q-networks. See :class:`DiffusionPolicy` for the arguments not listed.
 
@@ -205,7 +282,13 @@ class Critic(BaseModel):
     """
 
     features_extractor: BaseFeaturesExtractor
-    terminates: th.Tensor
+    FIXED: ClassVar[dict[str, str]] = {
+        "pessimism": "set model.policy.pessimism",
+        **dict.fromkeys(
+            ("net_arch", "activation_fn", "n_critics", "share_features_extractor", "batch_norm", "n_bins", "max_value"),
+            "networks cannot be changed, make a new model",
+        ),
+    }
 
     def __init__(
         self,
@@ -221,7 +304,6 @@ class Critic(BaseModel):
         batch_norm: bool,
         n_bins: int,
         max_value: float,
-        pessimism: float | str,
     ):
         super().__init__(
             observation_space, action_space, features_extractor=features_extractor, normalize_images=normalize_images
@@ -234,14 +316,11 @@ class Critic(BaseModel):
         self.batch_norm = batch_norm
         self.n_bins = n_bins
         self.max_value = max_value
-        self.pessimism = pessimism
-        # 1 once a transition into a terminal state was learned from; set by the algorithm, and not in target critics, whose
-        # values the critics combine
-        self.register_buffer("terminates", th.zeros(()))
         action_dim = get_action_dim(action_space)
         self.q_networks = CriticEnsemble(
             n_critics, features_dim, action_dim, net_arch, activation_fn, batch_norm, n_bins, max_value
         )
+        self._go_live()
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return _constructor_parameters(self, Critic)
@@ -262,7 +341,7 @@ class Critic(BaseModel):
 
     def outputs(self, obs: PyTorchObs, actions: th.Tensor, normalise_batch: bool) -> th.Tensor:
         """
-        What every critic's network gives for one action per observation, for :meth:`loss` and :meth:`values`.
+        Outputs of every critic's network for one action per observation, for :meth:`loss` and :meth:`values`.
 
         :param obs: observations
         :param actions: actions in [-1, 1], shape (B, A)
@@ -300,30 +379,6 @@ class Critic(BaseModel):
         """
         return self.q_networks(encoded, actions)
 
-    def pessimistic(self, q_values: th.Tensor) -> th.Tensor:
-        """
-        What the critics say together: their mean (``pessimism=0``), the least of them (1, clipped double Q-learning, Fujimoto
-        et al. 2018), or in between; of two critics that is mean - pessimism |Q_1 - Q_2| / 2.
-
-        ``"auto"`` is 1 once a transition into a terminal state was learned from, and 0 before and where there are none:
-        clipped double Q-learning for tasks with termination only, as in SimBa (Lee et al. 2025).
-
-        :param q_values: shape (C, ...)
-        :return: shape (...)
-        """
-        pessimism = self.terminates if isinstance(self.pessimism, str) else self.pessimism
-        return th.lerp(q_values.mean(dim=0), q_values.amin(dim=0), pessimism)
-
-    def q(self, encoded: th.Tensor, actions: th.Tensor) -> th.Tensor:
-        """
-        The :meth:`pessimistic` value of one or of N actions per observation.
-
-        :param encoded: from :meth:`encode`, shape (C, B, H)
-        :param actions: actions in [-1, 1], shape (B, A) or (B, N, A)
-        :return: shape (B,) or (B, N)
-        """
-        return self.pessimistic(self.q_values(encoded, actions))
-
     def forward(self, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, ...]:
         """
         SB3's interface to a critic.
@@ -335,11 +390,22 @@ class Critic(BaseModel):
         return tuple(self.q_values(self.encode(obs), actions).unsqueeze(-1))
 
 
-class DiffusionPolicy(BasePolicy):
+def _setting_of_sampler(name: str) -> Any:
+    """A property of the policy whose owner is the sampler of its actor."""
+
+    def change(policy: "DiffusionPolicy", value: Any) -> None:
+        policy.set_sampler(policy.actor.sampler.changed(**{name: value}))
+
+    return property(lambda policy: getattr(policy.actor.sampler, name), change)
+
+
+class DiffusionPolicy(_ActingPolicy):
     """
     Actor, critics, target critics and, on demand, an averaged actor for acting.
 
     The critics belong to the policy because they take part in acting: of N particles the one with the highest Q is chosen.
+
+    What :attr:`LIVE` names may be set at any time (``model.policy.n_particles = 16``), works at once, and is saved.
 
     :param observation_space: observation space
     :param action_space: a ``Box`` with finite bounds
@@ -355,22 +421,53 @@ class DiffusionPolicy(BasePolicy):
     :param n_critics: C, the number of critics
     :param share_features_extractor: let the critics use the actor's features extractor, which then learns from the actor's
         loss only (this saves memory and the critics' backward pass through it)
-    :param n_diffusion_steps: T, the number of steps of the diffusion
-    :param n_sampling_steps: denoising steps taken to draw an action, between 1 and T
-    :param eta: 0 for deterministic denoising (DDIM) up to 1 for ancestral sampling (DDPM)
-    :param init_noise_scale: standard deviation of x_T, from which denoising starts
-    :param beta_schedule: ``"vp"``, ``"linear"`` or ``"cosine"``
-    :param n_particles: N, particles among which the critics choose when acting deterministically
-    :param n_target_particles: the same for actions that explore and those of the update; ``None`` for ``n_particles``
-    :param exploration_noise: standard deviation of the normal noise added to explore, in units of the half box
-    :param scale_noise_by_ent_coef: multiply ``exploration_noise`` with the entropy coefficient
-    :param average_actor: act with a moving average of the actor
-    :param batch_norm: normalise the critics by batch statistics and have no target critics (CrossQ), and limit
-        the norm of the features that the actor gets
-    :param n_bins: values in the distribution that each critic gives, or 1 for critics that give the value itself
-    :param max_value: largest value in these distributions, in scaled rewards; the least is its negative
-    :param pessimism: what Q is, from 0 for the critics' mean to 1 for the least of them, or ``"auto"``
+    :param n_diffusion_steps: T, the number of steps of the diffusion, at least 1
+    :param n_sampling_steps: denoising steps taken whenever an action is drawn, between 1 and T
+    :param eta: 0 for deterministic denoising (DDIM) up to 1 for ancestral sampling (DDPM, the paper)
+    :param init_noise_scale: standard deviation of x_T, from which denoising starts; positive
+    :param beta_schedule: ``"vp"`` (variance-preserving SDE), ``"linear"`` (the paper) or ``"cosine"``
+    :param n_particles: N, particles among which the critics choose when acting deterministically, at least 1
+    :param n_train_particles: the same for actions that explore and those of the update; ``None`` for ``n_particles`` (the
+        paper)
+    :param exploration_noise: standard deviation of the normal noise on sampled actions, which are scaled to [-1, 1]
+    :param scale_noise_by_ent_coef: multiply the exploration noise with the entropy coefficient (the paper)
+    :param average_actor: act with a moving average of the actor (the paper), of step ``tau``
+    :param batch_norm: normalise the inputs of the critics' layers by the statistics of the batch, and do without target
+        critics (CrossQ, Bhatt et al. 2024, arXiv 1902.05605). The features that the actor gets lose their mean, and their
+        norm is limited
+    :param n_bins: the critics give distributions over this many values and learn by cross-entropy
+        (:class:`~sb3_sdac.value_bins.ValueBins`). An odd number, so that 0 is among them; 1 for critics that give the value
+        itself and learn by squared error (the paper)
+    :param max_value: largest value in these distributions, in scaled rewards; the least is its negative. ``None`` for
+        2 / (1 - gamma), which values never exceed with ``reward_scale="auto"`` (200 without an algorithm)
+    :param pessimism: what Q is in the TD target, the candidates' weights and the choice among particles: from 0 for the mean
+        of the critics to 1 for the least of them (clipped double Q-learning, the paper). ``"auto"`` is 0 until a transition
+        into a terminal state (not one cut off by a time limit) was learned from, and then 1
+    :raises ValueError: for arguments outside their range
     """
+
+    #: Arguments that may be set on a policy in use
+    LIVE: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("n_sampling_steps", "eta", "init_noise_scale", "n_particles", "n_train_particles"),
+            *("exploration_noise", "scale_noise_by_ent_coef", "pessimism"),
+        }
+    )
+    FIXED: ClassVar[dict[str, str]] = dict.fromkeys(
+        (
+            *("net_arch", "activation_fn", "features_extractor_class", "features_extractor_kwargs", "normalize_images"),
+            *("optimizer_class", "optimizer_kwargs", "n_critics", "share_features_extractor", "n_diffusion_steps"),
+            *("beta_schedule", "average_actor", "batch_norm", "n_bins", "max_value"),
+        ),
+        "networks and optimizers are made with it, make a new model with policy_kwargs=dict(...)",
+    )
+    n_diffusion_steps = _setting_of_sampler("n_diffusion_steps")
+    n_sampling_steps = _setting_of_sampler("n_sampling_steps")
+    eta = _setting_of_sampler("eta")
+    init_noise_scale = _setting_of_sampler("init_noise_scale")
+    beta_schedule = _setting_of_sampler("beta_schedule")
+    n_particles = _setting_of_sampler("n_particles")
+    seen_terminal: th.Tensor
 
     default_features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor
     action_space: spaces.Box
@@ -399,13 +496,13 @@ class DiffusionPolicy(BasePolicy):
         init_noise_scale: float = 0.5,
         beta_schedule: str = "vp",
         n_particles: int = 4,
-        n_target_particles: int | None = 1,
+        n_train_particles: int | None = 1,
         exploration_noise: float = 0.1,
         scale_noise_by_ent_coef: bool = False,
         average_actor: bool = False,
         batch_norm: bool = True,
         n_bins: int = 101,
-        max_value: float = 200.0,
+        max_value: float | None = None,
         pessimism: float | str = "auto",
     ):
         super().__init__(
@@ -420,29 +517,20 @@ class DiffusionPolicy(BasePolicy):
         )
         self.net_arch = [256, 256, 256] if net_arch is None else net_arch
         actor_arch, critic_arch = get_actor_critic_arch(self.net_arch)
-        for name, counts in (("n_critics", [n_critics]), ("net_arch", [*actor_arch, *critic_arch])):
-            if not all(is_count(count) for count in counts):
-                raise ValueError(
-                    f"{name} must hold integers of at least 1, got {n_critics if name == 'n_critics' else net_arch!r}"
-                )
-        if not isinstance(max_value, (int, float)) or not 0 < max_value < np.inf:
-            raise ValueError(f"max_value must be a positive number, got {max_value!r}")
+        if not all(is_count(width) for width in (*actor_arch, *critic_arch)):
+            raise ValueError(f"net_arch must hold integers of at least 1, got {net_arch!r}")
         self.activation_fn = activation_fn
         self.n_critics = n_critics
         self.share_features_extractor = share_features_extractor
-        self.n_diffusion_steps = n_diffusion_steps
-        self.n_sampling_steps = n_sampling_steps
-        self.eta = eta
-        self.init_noise_scale = init_noise_scale
-        self.beta_schedule = beta_schedule
-        self.n_target_particles = n_particles if n_target_particles is None else n_target_particles
+        self.n_train_particles = n_train_particles
         self.exploration_noise = exploration_noise
         self.scale_noise_by_ent_coef = scale_noise_by_ent_coef
         self.average_actor = average_actor
         self.batch_norm = batch_norm
         self.n_bins = n_bins
-        self.max_value = max_value
+        self.max_value = 200.0 if max_value is None else max_value
         self.pessimism = pessimism
+        self._check_arguments()
 
         net_kwargs = {
             "observation_space": observation_space,
@@ -468,20 +556,39 @@ class DiffusionPolicy(BasePolicy):
             "share_features_extractor": share_features_extractor,
             "batch_norm": batch_norm,
             "n_bins": n_bins,
-            "max_value": max_value,
-            "pessimism": pessimism,
+            "max_value": self.max_value,
         }
         # The logarithm of the entropy coefficient (alpha or lambda in the paper), kept with the policy since acting may
         # read it. It is set by the algorithm; no gradient ever reaches it.
         self.log_ent_coef = nn.Parameter(th.zeros(()), requires_grad=False)
-        self.captured_act: Callable[..., th.Tensor] | None = None  # `act`, see `_predict`
-        self._n_moves = 0
+        # 1 once a transition into a terminal state was learned from, by which pessimism="auto" goes
+        self.register_buffer("seen_terminal", th.zeros(()))
         self._build(lr_schedule)
+        self._go_live()
 
-    @property
-    def n_particles(self) -> int:
-        """N, particles of a deterministic action. Fixed, as the actor holds as much noise: load with another to change it."""
-        return self.actor.n_particles
+    def _check_arguments(self) -> None:
+        check(self, is_count, "an integer of at least 1", "n_critics")
+        check(self, lambda value: is_count(value) and value % 2 == 1, "an odd integer of at least 1", "n_bins")
+        allowed = "an integer of at least 1, or None for n_particles"
+        check(self, lambda value: value is None or is_count(value), allowed, "n_train_particles")
+        check(self, lambda value: is_number(value) and value >= 0, "a number of at least 0", "exploration_noise")
+        allowed = "a number between 0 and 1, or 'auto'"
+        check(self, lambda value: value == "auto" or is_fraction(value), allowed, "pessimism")
+        check(self, is_positive, "a positive number", "max_value")
+        names = "share_features_extractor", "scale_noise_by_ent_coef", "average_actor", "batch_norm"
+        check(self, lambda value: isinstance(value, bool), "True or False", *names)
+
+    def live_arguments(self) -> dict[str, Any]:
+        """:return: the present value of every argument that may be set on a policy in use"""
+        return {name: getattr(self, name) for name in sorted(self.LIVE)}
+
+    def set_sampler(self, sampler: Sampler) -> None:
+        """
+        :param sampler: for the actor and its moving average
+        """
+        self.actor.sampler = sampler
+        if self.actor_target is not None:
+            self.actor_target.sampler = sampler
 
     def _build(self, lr_schedule: Schedule) -> None:
         self.actor = self.make_actor()
@@ -506,6 +613,7 @@ class DiffusionPolicy(BasePolicy):
             self.actor_target = self.make_actor()
             self.actor_target.load_state_dict(self.actor.state_dict())
             self.actor_target.set_training_mode(False)
+            self.set_sampler(self.actor.sampler)
 
     def _make_optimizer(self, parameters: list[nn.Parameter], lr_schedule: Schedule) -> th.optim.Optimizer:
         kwargs = self.optimizer_kwargs
@@ -533,17 +641,41 @@ class DiffusionPolicy(BasePolicy):
         """
         return Critic(**self._update_features_extractor(self.critic_kwargs, features_extractor)).to(self.device)
 
-    def best_of(self, encoded_critic: th.Tensor, particles: th.Tensor) -> th.Tensor:
+    def pessimistic(self, q_values: th.Tensor) -> th.Tensor:
+        """
+        The critics' common value: their mean (``pessimism=0``), the least of them (1, clipped double Q-learning, Fujimoto
+        et al. 2018), or in between; of two critics that is mean - pessimism |Q_1 - Q_2| / 2.
+
+        ``"auto"`` is 1 once a transition into a terminal state was learned from, and 0 before and where there are none:
+        clipped double Q-learning for tasks with termination only, as in SimBa (Lee et al. 2025).
+
+        :param q_values: shape (C, ...)
+        :return: shape (...)
+        """
+        pessimism = self.seen_terminal if isinstance(self.pessimism, str) else self.pessimism
+        return th.lerp(q_values.mean(dim=0), q_values.amin(dim=0), pessimism)
+
+    def q(self, encoded_critic: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        """
+        The :meth:`pessimistic` value of one or of N actions per observation.
+
+        :param encoded_critic: from the critic's ``encode``, shape (C, B, H)
+        :param actions: actions in [-1, 1], shape (B, A) or (B, N, A)
+        :return: shape (B,) or (B, N)
+        """
+        return self.pessimistic(self.critic.q_values(encoded_critic, actions))
+
+    def best_of(self, encode_critic: Callable[[], th.Tensor], particles: th.Tensor) -> th.Tensor:
         """
         The particle with the highest Q.
 
-        :param encoded_critic: from the critic's ``encode``, shape (C, B, H)
+        :param encode_critic: gives the critic's encoding of the observations, shape (C, B, H); called if there is a choice
         :param particles: actions in [-1, 1], shape (B, N, A)
         :return: shape (B, A)
         """
         if particles.shape[1] == 1:
             return particles.squeeze(1)
-        best = self.critic.q(encoded_critic, particles).argmax(dim=1)  # (B, N) -> (B,)
+        best = self.q(encode_critic(), particles).argmax(dim=1)  # (B, N) -> (B,)
         # gather, as torch.export takes take_along_dim for a fixed batch size
         best = best.view(-1, 1, 1).expand(-1, 1, particles.shape[2])
         return particles.gather(1, best).squeeze(1)  # (B, N, A) -> (B, A)
@@ -560,38 +692,38 @@ class DiffusionPolicy(BasePolicy):
             std = std * self.log_ent_coef.exp()
         return actions + std * th.randn_like(actions)
 
+    def draw_actions(
+        self,
+        actor: Actor,
+        encoded_actor: th.Tensor,
+        encode_critic: Callable[[], th.Tensor],
+        noise_predictor: Callable[..., th.Tensor] | None = None,
+        clip: bool = True,
+    ) -> th.Tensor:
+        """
+        Actions that explore: the best of ``n_train_particles``, with exploration noise.
+
+        :param actor: whose actions
+        :param encoded_actor: its encoding of the observations, shape (B, H)
+        :param encode_critic: gives the critics' encoding of them, shape (C, B, H)
+        :param noise_predictor: see :meth:`Actor.sample`
+        :param clip: to the box, after the noise
+        :return: shape (B, A)
+        """
+        noise = actor.sampler.draw_noise(len(encoded_actor), self.n_train_particles or self.n_particles)
+        particles = actor.sample(encoded_actor, *noise, noise_predictor)  # (B, N, A)
+        actions = self.explore(self.best_of(encode_critic, particles))
+        return actions.clamp(-1, 1) if clip else actions
+
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         return self._predict(obs, deterministic=deterministic)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
-        """
-        :meth:`act`, captured where the algorithm has done so.
-
-        :param observation: observations
-        :param deterministic: make the action a function of the observation alone
-        :return: actions in [-1, 1], shape (B, A)
-        """
-        # A graph holds the modes it was captured in
-        other_mode = th.is_grad_enabled() or th.is_inference_mode_enabled() or th.is_autocast_enabled(self.device.type)
-        if self.captured_act is None or self.device.type != "cuda" or other_mode:
-            return self.act(observation, deterministic)
-        return self.captured_act(observation, deterministic)
-
-    def graph_key(self) -> tuple[Any, ...]:
-        """:return: what :meth:`act` depends on besides its arguments, and a captured update, too"""
-        numbers = self.exploration_noise, self.scale_noise_by_ent_coef, self.actor.init_noise_scale, self.critic.pessimism
-        # Where the parameters are; whatever gives one of them other memory, its graph is of the old one
-        groups = [*self.actor.optimizer.param_groups, *self.critic.optimizer.param_groups]
-        addresses = (parameter.data_ptr() for group in groups for parameter in group["params"])
-        return self.training, self._n_moves, *numbers, self.n_target_particles, *addresses
-
-    def _apply(self, *args: Any, **kwargs: Any) -> "DiffusionPolicy":
-        self._n_moves += 1  # of buffers, too, and back where another one was
-        return super()._apply(*args, **kwargs)
+        return self.act(observation, deterministic)
 
     def act(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         """
-        The best of ``n_target_particles``, with exploration noise; if ``deterministic`` of ``n_particles``, from fixed x_T.
+        :meth:`draw_actions`, or if ``deterministic`` the best of ``n_particles`` from fixed noise.
 
         :param observation: observations
         :param deterministic: make the action a function of the observation alone
@@ -599,18 +731,10 @@ class DiffusionPolicy(BasePolicy):
         """
         actor = self.actor if self.actor_target is None else self.actor_target
         encoded = actor.encode(observation)
-        if deterministic:
-            x_T, step_noise = actor.fixed_x_T, actor.fixed_step_noise
-        else:
-            x_T, step_noise = actor.draw_noise(encoded.shape[0], self.n_target_particles)  # type: ignore[assignment]
-        particles = actor.sample(encoded, x_T, step_noise)  # (B, N, A)
-        if particles.shape[1] == 1:
-            actions = particles.squeeze(1)
-        else:
-            actions = self.best_of(self.critic.encode(observation), particles)
         if not deterministic:
-            actions = self.explore(actions).clamp(-1, 1)
-        return actions
+            return self.draw_actions(actor, encoded, lambda: self.critic.encode(observation))
+        particles = actor.sample(encoded, *actor.sampler.fixed_noise(self.n_particles))
+        return self.best_of(lambda: self.critic.encode(observation), particles)
 
     def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
         """

@@ -10,12 +10,15 @@ Pure maths: the values and gradients of Q at the candidates are handed in, and s
 Letters: B batch, K candidates (reverse samples) per x_t, A dimension of x.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch as th
 
 from sb3_sdac.diffusion import GaussianDiffusion
 
 #: Bound on each coordinate of the noise that Q's gradient implies; a true noise is standard normal, so this is five standard
-#: deviations. By measurement: benchmarks/trials.md, "The gradient's bound"
+#: deviations. By measurement: docs/what_we_tried.md, "The gradient's bound"
 MAX_GRADIENT_NOISE = 5.0
 
 
@@ -160,8 +163,8 @@ def gradient_share(diffusion: GaussianDiffusion, t: th.Tensor, crossover: float 
     How much of the target comes from :func:`gradient_noise`: 1 / (1 + (sigma_t / crossover)^2).
 
     Near 1 where the noise is low and Q's gradient tells most, near 0 where the noise is high and the candidates cover
-    the box. Shares by inverse variance have the smaller error for a single mode inside the box, but the weighted noises of
-    few candidates are biased, too, and on frozen critics of MuJoCo the actor gained half as much (``benchmarks/trials.md``).
+    the box. Shares by inverse variance have the smaller error for a single mode inside the box. On frozen critics of MuJoCo
+    the actor gained half as much with them (docs/what_we_tried.md, "Gradient share").
 
     :param diffusion: the forward process
     :param t: diffusion steps, shape (B, 1)
@@ -169,23 +172,6 @@ def gradient_share(diffusion: GaussianDiffusion, t: th.Tensor, crossover: float 
     :return: shape (B, 1), in (0, 1)
     """
     return 1 / (1 + (diffusion.noise_to_signal[t] / crossover).square())
-
-
-def mirror_descent_weights(
-    q_values: th.Tensor, running_mean: th.Tensor, running_std: th.Tensor, temperature: th.Tensor | float
-) -> th.Tensor:
-    """
-    Weights of official DPMD: exp(clip(Q - mean / std, -3, 3) / alpha), not normalised.
-
-    As published: the division binds to the mean alone, where (Q - mean) / std was probably meant.
-
-    :param q_values: Q of the actions that are noised, shape (B, 1)
-    :param running_mean: moving average of the batches' mean of Q
-    :param running_std: moving average of the batches' standard deviation of Q
-    :param temperature: alpha > 0, without a unit
-    :return: shape (B, 1)
-    """
-    return ((q_values - running_mean / running_std).clamp(-3, 3) / temperature).exp()
 
 
 def denoising_loss(predicted_noise: th.Tensor, noise: th.Tensor, weights: th.Tensor | float = 1.0) -> th.Tensor:
@@ -202,3 +188,90 @@ def denoising_loss(predicted_noise: th.Tensor, noise: th.Tensor, weights: th.Ten
     :return: scalar
     """
     return (weights * (predicted_noise - noise).square()).mean()
+
+
+class Candidates(NamedTuple):
+    """
+    K candidates for the x_0 behind each x_t.
+
+    :param noise: the noise that leads from each to x_t, shape (B, K, A)
+    :param q_values: their Q, shape (B, K)
+    :param gradients: gradient of Q at them, shape (B, K, A), or None if the score target does not need it
+    """
+
+    noise: th.Tensor
+    q_values: th.Tensor
+    gradients: th.Tensor | None
+
+
+#: ``(diffusion, t, predicted_noise, candidates, weights, temperature) -> loss``
+ScoreLoss = Callable[[GaussianDiffusion, th.Tensor, th.Tensor, Candidates, th.Tensor, "th.Tensor | float"], th.Tensor]
+
+
+def reverse_sampling_loss(
+    diffusion: GaussianDiffusion,
+    t: th.Tensor,
+    predicted_noise: th.Tensor,
+    candidates: Candidates,
+    weights: th.Tensor,
+    temperature: th.Tensor | float,
+) -> th.Tensor:
+    """
+    Regression on the weighted noises (paper, reverse sampling score matching; SDAC of its final version).
+
+    :param diffusion: the forward process (not used: all score targets are called alike)
+    :param t: diffusion steps, shape (B, 1) (not used)
+    :param predicted_noise: shape (B, A)
+    :param candidates: K for each x_t
+    :param weights: of the candidates, shape (B, K)
+    :param temperature: lambda > 0, in the unit of Q (not used)
+    :return: scalar
+    """
+    # (B, A) -> (B, 1, A): one prediction for all K noises
+    return denoising_loss(predicted_noise.unsqueeze(1), candidates.noise, weights.unsqueeze(2))
+
+
+def gradient_assisted_loss(
+    diffusion: GaussianDiffusion,
+    t: th.Tensor,
+    predicted_noise: th.Tensor,
+    candidates: Candidates,
+    weights: th.Tensor,
+    temperature: th.Tensor | float,
+) -> th.Tensor:
+    """
+    Regression on the weighted mean of noises and :func:`gradient_noise`, mixed by :func:`gradient_share`.
+
+    Both are estimates of E[noise | x_t], unbiased until they are bounded.
+
+    :param diffusion: the forward process
+    :param t: diffusion steps, shape (B, 1)
+    :param predicted_noise: shape (B, A)
+    :param candidates: K for each x_t, with gradients
+    :param weights: of the candidates, shape (B, K)
+    :param temperature: lambda > 0, in the unit of Q
+    :return: scalar
+    """
+    assert candidates.gradients is not None
+    implied = gradient_noise(diffusion, t, candidates.gradients, temperature)
+    noise = candidates.noise.lerp(implied, gradient_share(diffusion, t).unsqueeze(2))  # (B, K, A)
+    return denoising_loss(predicted_noise, expected_noise(noise, weights))
+
+
+class ScoreTarget(NamedTuple):
+    """
+    One way to learn the score from candidates.
+
+    :param loss: of the noise predictor
+    :param needs_gradients: whether Q's gradients at the candidates have to be computed for it
+    """
+
+    loss: ScoreLoss
+    needs_gradients: bool
+
+
+#: By the name that ``SDAC(score_matching=...)`` takes; a new one is a function and an entry here
+SCORE_TARGETS = {
+    "gradient_assisted": ScoreTarget(gradient_assisted_loss, needs_gradients=True),
+    "reverse_sampling": ScoreTarget(reverse_sampling_loss, needs_gradients=False),
+}

@@ -1,0 +1,252 @@
+"""
+SB3's off-policy algorithm, made to say at once what is wrong: nothing here knows about diffusion.
+
+Arguments of a live model work or are refused, what is not finite is stopped before it is stored, and files are complete or as
+they were before.
+"""
+
+import inspect
+import io
+import json
+import pathlib
+import warnings
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
+from stable_baselines3.common.utils import configure_logger, get_device
+from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
+
+from sb3_sdac.arguments import LiveArguments, check_finite, refuse_unknown
+from sb3_sdac.buffers import choose_buffer, cut_off_episodes
+from sb3_sdac.policies import DiffusionPolicy
+
+SelfCareful = TypeVar("SelfCareful", bound="CarefulOffPolicyAlgorithm")
+
+
+class CarefulOffPolicyAlgorithm(LiveArguments, OffPolicyAlgorithm):
+    """``OffPolicyAlgorithm`` of SB3 with checks; see there for the arguments."""
+
+    policy: DiffusionPolicy
+
+    def __init__(self, policy: Any, env: Any, learning_rate: Any, device: th.device | str = "auto", **kwargs: Any):
+        # SB3 falls back to the CPU without a word
+        if str(device).startswith("cuda") and not th.cuda.is_available():
+            raise ValueError(
+                f"device={str(device)!r} was given but PyTorch finds no CUDA device here; use device='cpu' or 'auto'"
+            )
+        super().__init__(policy, env, learning_rate, device=device, **kwargs)
+
+    @classmethod
+    def _constructor_arguments(cls) -> set[str]:
+        """:return: names of the constructor's arguments"""
+        parameters = inspect.signature(cls.__init__).parameters.values()
+        return {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD} - {"self"}
+
+    @classmethod
+    def _policy_arguments(cls) -> set[str]:
+        """:return: names of the policy's arguments"""
+        names = set(inspect.signature(next(iter(cls.policy_aliases.values())).__init__).parameters)
+        return names - {"self", "observation_space", "action_space", "lr_schedule"}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in vars(self) and "_is_live" in vars(self) and name in self._policy_arguments():
+            raise AttributeError(f"{name} is the policy's: set model.policy.{name} = {value!r}")
+        super().__setattr__(name, value)
+
+    def train(self, gradient_steps: int, batch_size: int = 64) -> None:
+        """
+        :param gradient_steps: updates to make
+        :param batch_size: transitions per update
+        :raises ValueError: if there is nothing to learn from
+        """
+        if self.replay_buffer is None or self.replay_buffer.size() == 0:
+            raise ValueError("The replay buffer is empty, nothing can be learned from it: call learn(), or add transitions")
+        if not hasattr(self, "_logger"):  # which learn() makes
+            self.set_logger(configure_logger(self.verbose, self.tensorboard_log, type(self).__name__))
+
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:
+        if self.env is None:
+            raise ValueError("There is no environment to learn from: model.set_env(env), or load(path, env=env)")
+        if (reset_num_timesteps or self._last_obs is None) and self.replay_buffer is not None:
+            cut_off_episodes(self.replay_buffer)  # SB3 is about to reset the environments
+        return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+
+    def _sample_action(
+        self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        self._check_step("observation", self._last_obs)
+        action, buffer_action = super()._sample_action(learning_starts, action_noise, n_envs)
+        self._check_step("action", buffer_action)
+        return action, buffer_action
+
+    def _store_transition(
+        self,
+        replay_buffer: ReplayBuffer,
+        buffer_action: np.ndarray,
+        new_obs: np.ndarray | dict[str, np.ndarray],
+        reward: np.ndarray,
+        dones: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        if self._vec_normalize_env is None:
+            original_obs, original_reward = new_obs, reward
+        else:  # what is stored; VecNormalize's clipping would hide that it is infinite
+            original_obs = self._vec_normalize_env.get_original_obs()
+            original_reward = self._vec_normalize_env.get_original_reward()
+        self._check_step("observation", original_obs)
+        with np.errstate(over="ignore"):
+            self._check_step("reward", np.asarray(original_reward, dtype=np.float32))  # as it is stored
+        for info in infos:
+            if info.get("terminal_observation") is not None:
+                self._check_step("terminal observation", info["terminal_observation"])
+        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+
+    def _check_step(self, name: str, values: Any) -> None:
+        """One thing passes: VecNormalize hands over terminal observations clipped, so that an infinite one looks finite."""
+        check_finite(
+            name,
+            values,
+            f"at environment step {self.num_timesteps} is not finite: {{value}}. Nothing of this step was stored or learned "
+            "from; the model can still be saved. SB3's VecCheckNan helps to find the origin.",
+        )
+
+    def _setup_replay_buffer(self) -> None:
+        """Make the replay buffer, or move the one that comes from a file. A model loaded only to act has none."""
+        if self.replay_buffer is None and self.env is None:
+            return
+        if self.replay_buffer is None:
+            buffer_class, kwargs = choose_buffer(
+                self.replay_buffer_class,
+                self.replay_buffer_kwargs,
+                n_steps=self.n_steps,
+                gamma=self.gamma,
+                optimize_memory_usage=self.optimize_memory_usage,
+                device=self.device,
+                spaces_and_size=(self.observation_space, self.action_space, self.buffer_size, self.n_envs),
+            )
+            if issubclass(buffer_class, HerReplayBuffer):
+                kwargs = {**kwargs, "env": self.env}
+            self.replay_buffer = buffer_class(
+                self.buffer_size,
+                self.observation_space,
+                self.action_space,
+                device=self.device,
+                n_envs=self.n_envs,
+                optimize_memory_usage=self.optimize_memory_usage,
+                **kwargs,
+            )
+        self.replay_buffer.device = self.device
+
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        """
+        Set the environment to learn from, see SB3's ``BaseAlgorithm.set_env``.
+
+        A model loaded without an environment has no replay buffer, as acting needs none; it gets one here.
+
+        :param env: the environment
+        :param force_reset: reset it before learning goes on
+        """
+        super().set_env(env, force_reset)
+        if self.replay_buffer is None:
+            self._setup_replay_buffer()
+
+    def save(
+        self,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """
+        Save the model as one zip file, see SB3's ``BaseAlgorithm.save``.
+
+        :param path: the file, with or without ``.zip``; what is there is replaced once the new one is complete
+        :param exclude: names of attributes to leave out besides those that always are
+        :param include: names of such attributes to save all the same
+        """
+        live = self.policy.live_arguments()
+        defaults = inspect.signature(self.policy_class).parameters
+        changed = {name for name, value in live.items() if name in self.policy_kwargs or value != defaults[name].default}
+        vars(self)["policy_kwargs"] = {**self.policy_kwargs, **{name: live[name] for name in changed}}
+        super().save(path, exclude, include)
+
+    @classmethod
+    def load(
+        cls: type[SelfCareful],
+        path: str | pathlib.Path | io.BufferedIOBase,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        **kwargs: Any,
+    ) -> SelfCareful:
+        """
+        Load a model from a zip file, see SB3's ``BaseAlgorithm.load``.
+
+        Without ``env`` the model can act at once and has no replay buffer until :meth:`set_env`.
+
+        :param path: the file, with or without ``.zip``
+        :param env: environment to go on learning from
+        :param device: where to put the networks; if it is not there, a warning and the CPU, so that models move between
+            machines
+        :param custom_objects: objects to use instead of those saved under the same name
+        :param print_system_info: print versions at saving and now
+        :param force_reset: reset the environment before learning goes on
+        :param kwargs: arguments of the constructor to change
+        :return: the model
+        :raises ValueError: if the file is not a complete model of this algorithm, or does not fit the environment or the
+            arguments
+        :raises TypeError: for arguments that the constructor does not have
+        """
+        refuse_unknown({name: kwargs[name] for name in kwargs.keys() - cls._constructor_arguments()}, cls._policy_arguments())
+        if str(device) != "auto" and th.device(device).type != get_device(device).type:
+            warnings.warn(
+                f"device={str(device)!r} was asked for but is not there: the model is loaded on {get_device(device)}",
+                stacklevel=2,
+            )
+            device = "auto"
+        try:
+            return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        except Exception as error:
+            # A damaged file speaks through many types of SB3, zipfile, json and torch; a plain ValueError is a verdict already
+            damaged = isinstance(error, (UnicodeError, json.JSONDecodeError))
+            if isinstance(error, (OSError, ValueError)) and not damaged:
+                raise
+            # SB3 meets a ValueError of load_state_dict with an attempt to read an old DQN, whose KeyError says nothing
+            reason = error.__context__ if isinstance(error, KeyError) and error.__context__ is not None else error
+            raise ValueError(
+                f"{path} cannot be loaded, it is damaged, of another architecture, or a checkpoint, for which there is "
+                f"sb3_sdac.checkpoint.load_checkpoint: {reason!r}"
+            ) from error
+
+    @staticmethod
+    def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+        vec_env = OffPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
+        action_space = vec_env.action_space
+        if isinstance(action_space, spaces.Box):  # SB3 itself refuses the others
+            with np.errstate(over="ignore", invalid="ignore"):
+                width = action_space.high - action_space.low
+            floating = np.issubdtype(action_space.dtype, np.floating)
+            if not floating or not np.isfinite(width).all() or (width <= 0).any():
+                raise ValueError(
+                    f"SDAC needs a floating-point action space with finite bounds, low < high, but got {action_space} with "
+                    f"low {action_space.low} and high {action_space.high}. Wrap the environment, for instance with "
+                    "gymnasium.wrappers.RescaleAction."
+                )
+        return vec_env
