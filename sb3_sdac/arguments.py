@@ -109,12 +109,16 @@ def check_finite(name: str, values: Any, where: str) -> None:
     """
     for key, value in values.items() if isinstance(values, dict) else [(None, values)]:
         value = np.asarray(value)
-        if value.dtype.kind != "f" or np.isfinite(value).all():
+        if value.dtype.kind != "f":
+            continue
+        with np.errstate(over="ignore"):
+            is_finite = np.isfinite(value.astype(np.float32, copy=False))  # in which networks compute: 1e300 is infinite, too
+        if is_finite.all():
             continue
         label = name if key is None else f"{name} '{key}'"
         index = ""
         if value.ndim > 1 and len(value) > 1:
-            rows = ~np.isfinite(value).reshape(len(value), -1).all(axis=1)
+            rows = ~is_finite.reshape(len(value), -1).all(axis=1)
             index, value = f" (number {', '.join(map(str, np.flatnonzero(rows)))} of {len(value)})", value[rows]
         raise ValueError(f"The {label}{index} {where.format(value=value)}")
 

@@ -28,6 +28,7 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from sb3_sdac.arguments import LiveArguments, check_finite, refuse_unknown
 from sb3_sdac.buffers import choose_buffer, cut_off_episodes
 from sb3_sdac.policies import DiffusionPolicy
+from sb3_sdac.rewards import LARGEST_REWARD
 
 SelfCareful = TypeVar("SelfCareful", bound="CarefulOffPolicyAlgorithm")
 
@@ -92,7 +93,13 @@ class CarefulOffPolicyAlgorithm(LiveArguments, OffPolicyAlgorithm):
     ) -> tuple[np.ndarray, np.ndarray]:
         self._check_step("observation", self._last_obs)
         action, buffer_action = super()._sample_action(learning_starts, action_noise, n_envs)
-        self._check_step("action", buffer_action)
+        if not np.isfinite(buffer_action).all():
+            rewards = getattr(self.replay_buffer, "rewards", np.zeros(1))
+            raise ValueError(
+                f"The policy's action at environment step {self.num_timesteps} is not finite: {buffer_action}. Learning has "
+                f"diverged; the largest reward in the replay buffer is {float(abs(rewards).max()):g} in size. "
+                "reward_scale='auto' suits rewards of any size; else try a smaller learning_rate"
+            )
         return action, buffer_action
 
     def _store_transition(
@@ -110,8 +117,12 @@ class CarefulOffPolicyAlgorithm(LiveArguments, OffPolicyAlgorithm):
             original_obs = self._vec_normalize_env.get_original_obs()
             original_reward = self._vec_normalize_env.get_original_reward()
         self._check_step("observation", original_obs)
-        with np.errstate(over="ignore"):
-            self._check_step("reward", np.asarray(original_reward, dtype=np.float32))  # as it is stored
+        self._check_step("reward", original_reward)
+        if np.abs(original_reward).max() > LARGEST_REWARD:
+            raise ValueError(
+                f"A reward at environment step {self.num_timesteps} is larger than {LARGEST_REWARD:g} in size: "
+                f"{original_reward}. Scale the rewards, for instance with gymnasium.wrappers.TransformReward"
+            )
         for info in infos:
             if info.get("terminal_observation") is not None:
                 self._check_step("terminal observation", info["terminal_observation"])

@@ -5,6 +5,8 @@ from torch import nn
 
 #: Root mean square of the scaled replayed rewards, and the most that a single one may be
 REWARD_RMS, REWARD_MAX = 0.2, 2.0
+#: What rewards may be in size, and the largest factor on them
+LARGEST_REWARD, MAX_SCALE = 1e30, 1e32
 #: The least that 1 - gamma counts as where it says how large values can be
 MIN_DISCOUNTING = 1e-4
 
@@ -27,12 +29,14 @@ class RewardStatistics(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         for name in ("n_batches", "mean_square", "largest"):
-            self.register_buffer(name, th.zeros(()))
+            # float64, as the square of a reward of 1e30 or 1e-30 is no number of float32
+            self.register_buffer(name, th.zeros((), dtype=th.float64))
 
     def track(self, rewards: th.Tensor) -> None:
         """
         :param rewards: of a batch, shape (B, 1)
         """
+        rewards = rewards.double()
         self.n_batches += 1
         self.mean_square += (rewards.square().mean() - self.mean_square) / self.n_batches
         self.largest.copy_(th.maximum(self.largest, rewards.abs().max()))
@@ -45,4 +49,4 @@ class RewardStatistics(nn.Module):
         :return: shape (); 1 while all rewards are zero
         """
         scale = th.minimum(REWARD_RMS / self.mean_square.sqrt(), REWARD_MAX / self.largest)
-        return th.where(self.largest > 0, scale, 1.0)
+        return th.where(self.largest > 0, scale, 1.0).clamp(max=MAX_SCALE).float()

@@ -225,13 +225,14 @@ class Update:
             random_numbers = draw((len(actions), options.n_reverse_samples, actions.shape[1]), device=actions.device)
             x_0, noise = propose(diffusion, x_t, t, random_numbers)
             q_values, gradients = self.q_values_and_gradients(encoded_critic, x_0, target.needs_gradients)
-            reward_scale = self.reward_scale(options)
+            # The critics' rewards are scaled. In logarithms, as neither factor need be a number of float32
+            log_reward_scale = th.as_tensor(self.reward_scale(options), device=x_t.device).log()
             if options.temperature_rate is not None:
                 # Towards the temperature that gives the weights their effective sample size
                 solution = sm.solve_temperature(q_values, options.target_ess * options.n_reverse_samples)
-                self.policy.log_ent_coef.lerp_((solution / reward_scale).log(), options.temperature_rate)
-            # In the unit of the critics, whose rewards are scaled
-            temperature = reward_scale * self.policy.log_ent_coef.exp()
+                self.policy.log_ent_coef.lerp_(solution.log() - log_reward_scale, options.temperature_rate)
+            # In the unit of the critics; bounded, as it lags by 60 decades when rewards of 1e-30 are followed by one of 1e30
+            temperature = (self.policy.log_ent_coef + log_reward_scale).exp().clamp(1e-30, 1e30)
             weights = sm.softmax_weights(q_values, temperature)
         candidates = sm.Candidates(noise, q_values, gradients)
         loss = target.loss(diffusion, t, predicted_noise, candidates, weights, temperature)
