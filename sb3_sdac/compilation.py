@@ -70,6 +70,22 @@ def denormals_flushed() -> Iterator[None]:
         th.set_flush_denormal(were_flushed)
 
 
+@contextmanager
+def rounded_products(enabled: bool) -> Iterator[None]:
+    """
+    Matrix products of float32 round their inputs to bfloat16 (on CUDA TF32), add up in float32 and give float32, so that
+    nothing else is converted: ``torch.set_float32_matmul_precision("medium")``.
+
+    :param enabled: or else nothing changes
+    """
+    before = th.get_float32_matmul_precision()
+    th.set_float32_matmul_precision("medium" if enabled else before)
+    try:
+        yield
+    finally:
+        th.set_float32_matmul_precision(before)
+
+
 def has_bfloat16(device: th.device) -> bool:
     """
     :param device: where the networks are

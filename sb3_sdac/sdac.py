@@ -42,10 +42,11 @@ from sb3_sdac.compilation import (
 )
 from sb3_sdac.metrics import FETCH_INTERVAL, TrainingMetrics
 from sb3_sdac.off_policy import CarefulOffPolicyAlgorithm
+from sb3_sdac.options import UpdateOptions
 from sb3_sdac.policies import Actor, CnnPolicy, Critic, DiffusionPolicy, MlpPolicy, MultiInputPolicy
 from sb3_sdac.rewards import largest_value
 from sb3_sdac.temperature import Temperature, is_ent_coef
-from sb3_sdac.update import Metrics, Update, UpdateOptions
+from sb3_sdac.update import Metrics, Update
 
 SelfSDAC = TypeVar("SelfSDAC", bound="SDAC")
 
