@@ -1,5 +1,5 @@
 """
-Runs Stable-Baselines3's own published tests with SDAC standing in for SAC: ``python tests/sb3_standin.py``.
+Runs Stable-Baselines3's own published tests with SDAC standing in for SAC: ``python tests/helpers/sb3_standin.py``.
 
 The tests come from the source distribution of the installed version of SB3 (pip downloads it). ``--algo
 sb3_contrib:TQC`` runs the same selection with TQC, to compare. Twelve are expected to fail with SB3 2.9.2: five use gSDE,
