@@ -178,7 +178,7 @@ class DPMD(SDAC):
     @classmethod
     def _constructor_arguments(cls) -> set[str]:
         names = super()._constructor_arguments() | set(inspect.signature(DPMD.__init__).parameters)
-        return names - {*UNUSED, "kwargs"}
+        return names - {*UNUSED, "self", "kwargs"}
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, variables = super()._get_torch_save_params()

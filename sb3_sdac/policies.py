@@ -564,6 +564,8 @@ class DiffusionPolicy(_ActingPolicy):
         # 1 once a transition into a terminal state was learned from, by which pessimism="auto" goes
         self.register_buffer("seen_terminal", th.zeros(()))
         self._build(lr_schedule)
+        #: What an algorithm saves of its policy is what differs from these
+        self.initial_arguments = self.live_arguments()
         self._go_live()
 
     def _check_arguments(self) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import io
 import pathlib
 import warnings
@@ -20,6 +21,7 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_sdac import score_matching as sm
 from sb3_sdac.arguments import (
+    ELSEWHERE,
     check,
     check_choice,
     is_count,
@@ -28,6 +30,7 @@ from sb3_sdac.arguments import (
     is_number,
     is_positive,
     is_rate,
+    is_train_freq,
     refuse_unknown,
 )
 from sb3_sdac.buffers import BatchIndices, DeviceReplayBuffer, locate_recent, sample_recent
@@ -158,8 +161,8 @@ class SDAC(CarefulOffPolicyAlgorithm):
             "the replay buffer is made with it, so save the model and load it with this argument",
         ),
         "policy_kwargs": "the networks are made with them, so make a new model; what acting needs is set on model.policy",
-        "device": "save the model and load it with device=...",
         "seed": "use model.set_random_seed(...)",
+        "stats_window_size": "save the model and load it with this argument",
     }
 
     def __init__(
@@ -321,6 +324,7 @@ class SDAC(CarefulOffPolicyAlgorithm):
         :raises ValueError: if there is nothing to learn from
         """
         super().train(gradient_steps, batch_size)
+        _check_policy(self)  # arguments of its own may have been set since
         # Switch to train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
         if self.replay_buffer_class is None and isinstance(self.replay_buffer, NStepReplayBuffer):
@@ -362,6 +366,7 @@ class SDAC(CarefulOffPolicyAlgorithm):
 
     def dump_logs(self) -> None:
         """Write the log, with the means of the training metrics since the last one."""
+        self._prepare_log()
         self._record_metrics()
         super().dump_logs()
 
@@ -517,12 +522,7 @@ def check_arguments(model: SDAC) -> None:
     check(model, lambda value: is_count(value) or (type(value) is int and value in (0, -1)), allowed, "gradient_steps")
     allowed = "a number of at least 0"
     check(model, lambda value: is_number(value) and value >= 0, allowed, "learning_starts")
-    check(
-        model,
-        lambda value: is_count(value[0] if isinstance(value, tuple) and value else value),
-        "an integer of at least 1, or a tuple of one and 'step' or 'episode'",
-        "train_freq",
-    )
+    check(model, is_train_freq, "an integer of at least 1, or a tuple of one and 'step' or 'episode'", "train_freq")
     allowed = "a positive number, or 'auto'"
     check(model, lambda value: value == "auto" or is_positive(value), allowed, "reward_scale")
     check(model, lambda value: is_number(value) and value >= 1, "a number of at least 1", "replay_recency")
@@ -554,8 +554,9 @@ def _check_policy(model: SDAC) -> None:
     for name in model.policy_kwargs.keys() & (model._constructor_arguments() - model._policy_arguments()):
         given = f"policy_kwargs={{{name!r}: {model.policy_kwargs[name]!r}}}"
         raise ValueError(f"{name} is an argument of {type(model).__name__} itself: give {name}=... instead of {given}")
-    if model.policy_kwargs.get("use_sde"):
-        raise ValueError("policy_kwargs={'use_sde': True} is not supported, as use_sde=True is not: leave it out")
+    unknown = model.policy_kwargs.keys() - inspect.signature(model.policy_class).parameters.keys()
+    for name in unknown & ELSEWHERE.keys():
+        raise TypeError(f"{name} (given: {model.policy_kwargs[name]!r}) is no argument of the policy: {ELSEWHERE[name]}")
     in_use = {**model.policy_kwargs, **(model.policy.live_arguments() if "_is_live" in vars(model) else {})}
     if str(model.ent_coef).startswith("paper") and in_use.get("exploration_noise") == 0:
         raise ValueError("ent_coef='paper' is made from the exploration noise's entropy: exploration_noise must be positive")
