@@ -147,12 +147,13 @@ class _ActingPolicy(LiveArguments, BasePolicy):
         :return: actions of the action space, with a batch axis if the observations have one; state
         :raises ValueError: for observations that are NaN or infinite
         """
-        check_finite(
-            "observation",
-            observation,
-            "given to predict() is not finite: {value}. Mend the environment or what comes between it and the policy "
-            "(VecNormalize's statistics, a sensor), or skip this observation.",
-        )
+        if not isinstance(observation, tuple):  # what reset() returns, which SB3 refuses
+            check_finite(
+                "observation",
+                observation,
+                "given to predict() is not finite: {value}. Mend the environment or what comes between it and the policy "
+                "(VecNormalize's statistics, a sensor), or skip this observation.",
+            )
         return super().predict(observation, state, episode_start, deterministic)
 
 

@@ -151,6 +151,110 @@ def test_stochastic_varies(kwargs: dict[str, float]) -> None:
     assert len(np.unique(np.concatenate([first, second]), axis=0)) == 10
 
 
+# Observations that are not numbers, and none at all
+
+IMAGE = spaces.Box(0, 255, (3, 36, 36), np.uint8)
+KINDS: dict[str, tuple[type[DiffusionPolicy], spaces.Space]] = {
+    "box": (DiffusionPolicy, OBSERVATIONS),
+    "matrix": (DiffusionPolicy, spaces.Box(-1, 1, (2, 3), np.float32)),
+    "one number": (DiffusionPolicy, spaces.Box(-1, 1, (1,), np.float64)),
+    "image": (CnnPolicy, IMAGE),
+    "discrete": (DiffusionPolicy, spaces.Discrete(5)),
+    "several": (DiffusionPolicy, spaces.MultiDiscrete([3, 4])),
+    "bits": (DiffusionPolicy, spaces.MultiBinary(3)),
+    "dict": (
+        MultiInputPolicy,
+        spaces.Dict({"good": OBSERVATIONS, "bad": OBSERVATIONS, "image": IMAGE, "one": spaces.Discrete(3)}),
+    ),
+}
+
+
+def batch_of(space: spaces.Space, size: int) -> Any:
+    """Observations as a vectorised environment gives them."""
+    if isinstance(space, spaces.Dict):
+        return {key: batch_of(part, size) for key, part in space.items()}
+    sample = np.asarray(space.sample())
+    return np.stack([sample] * size) if size else np.zeros((0, *sample.shape), sample.dtype)
+
+
+def actors_of(policy: DiffusionPolicy) -> list[Any]:
+    """All that has ``predict``."""
+    return [policy, policy.actor] + ([] if policy.actor_target is None else [policy.actor_target])
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_observations_that_are_not_numbers(dtype: Any, value: float, deterministic: bool) -> None:
+    """In one of a batch, which is named, in a single one, in lists, and in the model, the policy and the actor alone."""
+    model = make_model(policy_kwargs={"average_actor": True})
+    obs = observations(5).astype(dtype)
+    obs[3, 1] = obs[1, 0] = value
+    for acting in [model, *actors_of(model.policy)]:
+        with pytest.raises(ValueError, match=rf"The observation \(number 1, 3 of 5\) given to predict.*not finite: .*{value}"):
+            acting.predict(obs, deterministic=deterministic)
+        for single in (obs[3], obs[3:4]):
+            with pytest.raises(ValueError, match=rf"The observation given to predict\(\) is not finite: .*{value}.*Mend"):
+                acting.predict(single, deterministic=deterministic)
+        acting.predict(obs[[0, 2, 4]], deterministic=deterministic)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_dict_observations_that_are_not_numbers(value: float) -> None:
+    policy_class, space = KINDS["dict"]
+    policy = make_policy(policy_class=policy_class, observation_space=space)
+    obs = batch_of(space, 4)
+    obs["bad"][2, 0] = value
+    for acting in actors_of(policy):
+        with pytest.raises(ValueError, match=rf"The observation 'bad' \(number 2 of 4\) given to predict.*{value}"):
+            acting.predict(obs)
+        with pytest.raises(ValueError, match=rf"The observation 'bad' given to predict.*{value}"):
+            acting.predict({key: part[2] for key, part in obs.items()})
+    obs["bad"][2, 0] = 0
+    assert policy.predict(obs)[0].shape == (4, 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [None, 1, 3], ids=["single", "one", "three"])
+def test_all_kinds_of_observations_pass(kind: str, size: int | None) -> None:
+    """Bytes, counts and single numbers are never taken for what they are not."""
+    policy_class, space = KINDS[kind]
+    policy = make_policy(policy_class=policy_class, observation_space=space)
+    obs: Any = space.sample() if size is None else batch_of(space, size)
+    for acting in actors_of(policy):
+        for deterministic in (True, False):
+            actions, _ = acting.predict(obs, deterministic=deterministic)
+            assert actions.shape == ((2,) if size is None else (size, 2))
+
+
+def test_result_of_reset_given_as_observation() -> None:
+    """SB3 says what is wrong, not NumPy."""
+    for acting in (model := make_model(), model.policy, model.actor):
+        with pytest.raises(ValueError, match="tuple.*Gym"):
+            acting.predict((observations(1)[0], {}))
+
+
+@pytest.mark.parametrize("box", BOXES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_empty_batches(kind: str, box: str) -> None:
+    """As many actions as observations, also if these are none: when no environment is left to act in."""
+    policy_class, space = KINDS[kind]
+    cases: list[dict[str, Any]] = [{}, {"n_particles": 1}, {"n_train_particles": 3, "batch_norm": False, "average_actor": True}]
+    for kwargs in cases:
+        policy = make_policy(BOXES[box], policy_class, space, **kwargs)
+        for acting in actors_of(policy):
+            for deterministic in (True, False):
+                actions, state = acting.predict(batch_of(space, 0), deterministic=deterministic)
+                assert actions.shape == (0, *BOXES[box].shape) and actions.dtype == BOXES[box].dtype and state is None
+
+
+@pytest.mark.parametrize("kwargs", [{"eta": 1.0}, {"n_bins": 1}, {"share_features_extractor": True}, {"n_critics": 1}], ids=str)
+def test_empty_batches_of_other_policies(kwargs: dict[str, Any]) -> None:
+    model = make_model(policy_kwargs=kwargs)
+    for deterministic in (True, False):
+        assert model.predict(np.zeros((0, 3), "f"), deterministic=deterministic)[0].shape == (0, 1)
+
+
 # Best of N
 
 
