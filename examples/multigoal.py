@@ -86,16 +86,14 @@ def make_models(seed: int, learning_starts: int = 5000) -> dict[str, OffPolicyAl
     sdac_kwargs: dict[str, Any] = {
         "n_reverse_samples": 16,
         "ent_coef": 2.0,
-        "batch_norm": False,
         "tau": 0.01,
         "reward_scale": 0.2,
         "n_steps": 1,
         "replay_recency": 1.0,
-        "n_bins": 1,
-        "beta_schedule": "linear",
+        "policy_kwargs": {**net, "batch_norm": False, "n_bins": 1, "beta_schedule": "linear"},
     }
     return {
-        "SDAC": SDAC("MlpPolicy", MultiGoalEnv(), policy_kwargs=dict(net), **sdac_kwargs, **common),
+        "SDAC": SDAC("MlpPolicy", MultiGoalEnv(), **sdac_kwargs, **common),
         "SAC": SAC("MlpPolicy", MultiGoalEnv(), policy_kwargs=dict(net), **common),
         "SAC, temperature 1": SAC("MlpPolicy", MultiGoalEnv(), ent_coef=1.0, policy_kwargs=dict(net), **common),
     }

@@ -142,10 +142,11 @@ def check_finite(name: str, values: Any, where: str) -> None:
         raise ValueError(f"The {label}{index} {where.format(value=value)}")
 
 
-def refuse_unknown(arguments: dict[str, Any], policy_arguments: set[str]) -> None:
+def refuse_unknown(arguments: dict[str, Any], policy_arguments: set[str], live: frozenset[str]) -> None:
     """
     :param arguments: that were given and are none of the algorithm's
     :param policy_arguments: names of those that the policy takes
+    :param live: those that may be set on a policy in use
     :raises TypeError: says where each belongs or what takes its place
     """
     for name, value in arguments.items():
@@ -154,7 +155,8 @@ def refuse_unknown(arguments: dict[str, Any], policy_arguments: set[str]) -> Non
         if name in ELSEWHERE:
             advice = ELSEWHERE[name]
         elif name in policy_arguments:
-            advice = f"it is the policy's: policy_kwargs=dict({name}={value!r}), or model.policy.{name} = ... of a live model"
+            advice = f"it is the policy's: policy_kwargs=dict({name}={value!r})"
+            advice += f", or model.policy.{name} = {value!r} of a live model" if name in live else " of a new model"
         else:
             advice = "see the list of arguments in help(SDAC)"
         raise TypeError(f"unexpected keyword argument {name}={value!r}: {advice}")

@@ -60,6 +60,11 @@ class CarefulOffPolicyAlgorithm(LiveArguments, OffPolicyAlgorithm):
         names = set(inspect.signature(next(iter(cls.policy_aliases.values())).__init__).parameters)
         return names - {"self", "observation_space", "action_space", "lr_schedule"}
 
+    @classmethod
+    def _refuse_unknown(cls, arguments: dict[str, Any]) -> None:
+        """:raises TypeError: if there are any, which are none of this algorithm's"""
+        refuse_unknown(arguments, cls._policy_arguments(), DiffusionPolicy.LIVE)
+
     @property
     def stats_window_size(self) -> int:
         """Episodes over which the logged success rate, length and reward are averaged."""
@@ -245,7 +250,7 @@ class CarefulOffPolicyAlgorithm(LiveArguments, OffPolicyAlgorithm):
             arguments
         :raises TypeError: for arguments that the constructor does not have
         """
-        refuse_unknown({name: kwargs[name] for name in kwargs.keys() - cls._constructor_arguments()}, cls._policy_arguments())
+        cls._refuse_unknown({name: kwargs[name] for name in kwargs.keys() - cls._constructor_arguments()})
         if "policy" in kwargs:
             raise TypeError(f"unexpected keyword argument policy={kwargs['policy']!r}: the policy comes from the file")
         if "stats_window_size" in kwargs:

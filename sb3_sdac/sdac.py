@@ -31,7 +31,6 @@ from sb3_sdac.arguments import (
     is_positive,
     is_rate,
     is_train_freq,
-    refuse_unknown,
 )
 from sb3_sdac.buffers import BatchIndices, DeviceReplayBuffer, locate_recent, sample_recent
 from sb3_sdac.compilation import (
@@ -206,7 +205,7 @@ class SDAC(CarefulOffPolicyAlgorithm):
         _init_setup_model: bool = True,
         **unknown: Any,
     ):
-        refuse_unknown(unknown, self._policy_arguments())
+        self._refuse_unknown(unknown)
         super().__init__(
             policy,
             env,
