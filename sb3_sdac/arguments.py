@@ -7,8 +7,8 @@ import numpy as np
 
 #: What SAC or TQC has and SDAC has not, and what takes its place
 ELSEWHERE = {
-    "target_entropy": "there is no entropy to aim at. ent_coef='auto' of SDAC aims at the effective sample size target_ess, and "
-    "ent_coef='paper_<number>' at an entropy per action dimension of minus that number",
+    "target_entropy": "there is no entropy to aim at. ent_coef='auto' of SDAC aims at an effective sample size, target_ess, "
+    "and ent_coef='paper_<number>' at an entropy per action dimension of minus that number",
     "use_sde": "a diffusion policy has no Gaussian whose noise could depend on the state: "
     "policy_kwargs=dict(exploration_noise=...) and action_noise set how SDAC explores",
     "sde_sample_freq": "there is no use_sde: policy_kwargs=dict(exploration_noise=...) and action_noise set how SDAC explores",

@@ -1,4 +1,4 @@
-"""Arguments: what is given is checked, what is set on a live model works at once, and what comes from SAC is told its place."""
+"""Arguments: checked when given, at work once set on a live model, and shown their place if they come from SAC."""
 
 import copy
 import inspect
@@ -15,7 +15,16 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_sdac import DPMD, PAPER_DPMD, PAPER_SDAC, SDAC, DiffusionPolicy
-from sb3_sdac.arguments import LiveArguments, is_count, is_fraction, is_lr_decay, is_number, is_positive, is_rate, is_train_freq
+from sb3_sdac.arguments import (
+    LiveArguments,
+    is_count,
+    is_fraction,
+    is_lr_decay,
+    is_number,
+    is_positive,
+    is_rate,
+    is_train_freq,
+)
 from sb3_sdac.policies import Actor, Critic, Sampler
 
 # Given to the constructor
@@ -556,11 +565,11 @@ def test_arguments_given_to_load(name: str, tmp_path: Path) -> None:
 
 def test_other_arguments_of_load(tmp_path: Path) -> None:
     make_model().save(tmp_path / "model.zip")
-    loaded = SDAC.load(tmp_path / "model.zip", env=make_model().get_env(), stats_window_size=3, buffer_size=50, n_steps=3)
+    loaded: Any = SDAC.load(tmp_path / "model.zip", env=make_model().get_env(), stats_window_size=3, buffer_size=50, n_steps=3)
     assert loaded.stats_window_size == 3 and loaded.replay_buffer.n_steps == 3 and loaded.replay_buffer.buffer_size == 50
     loaded.learn(14)
     assert loaded.ep_info_buffer.maxlen == 3
-    with pytest.raises(TypeError, match="policy='CnnPolicy'.*from the file"):
+    with pytest.raises(TypeError, match=r"policy='CnnPolicy'.*from the file"):
         SDAC.load(tmp_path / "model.zip", policy="CnnPolicy")
     with pytest.raises(ValueError, match="policy kwargs"):
         SDAC.load(tmp_path / "model.zip", policy_kwargs={"n_particles": 16})

@@ -1,4 +1,4 @@
-"""Collecting, storing, saving, loading: what cannot work is said at once, and nothing is lost by it. With SB3's buffers and wrappers."""
+"""Collecting, storing and loading, with SB3's buffers and wrappers: what cannot work is said at once, and nothing is lost."""
 
 import io
 import zipfile
@@ -239,7 +239,9 @@ def test_other_architecture(tmp_path: Path) -> None:
         SDAC.load(tmp_path / "model.zip")
 
 
-@pytest.mark.parametrize("kwargs", [{"policy_kwargs": {"net_arch": [12]}}, {"policy_kwargs": {"average_actor": True}}], ids=str)
+@pytest.mark.parametrize(
+    "kwargs", [{"policy_kwargs": {"net_arch": [12]}}, {"policy_kwargs": {"average_actor": True}}], ids=str
+)
 def test_parameters_of_another_architecture(kwargs: dict[str, Any], tmp_path: Path) -> None:
     make_model(**kwargs).save(tmp_path / "other.zip")
     with pytest.raises((ValueError, RuntimeError), match=r"(?i)size mismatch|unexpected key|do not match"):
@@ -280,7 +282,7 @@ def test_training_without_learning(algorithm: type[SDAC], tmp_path: Path) -> Non
     """Offline, on transitions from elsewhere: with an empty buffer an error, else updates, and a log."""
     model = make_model(algorithm=algorithm)
     for each in (model, make_model(algorithm=algorithm, learning_starts=0)):
-        with pytest.raises(ValueError, match="replay buffer is empty.*learn"):
+        with pytest.raises(ValueError, match=r"replay buffer is empty.*learn"):
             each.train(1)
     transitions(model).train(3, batch_size=4)
     assert model._n_updates == 3 and model.num_timesteps == 0
@@ -288,7 +290,7 @@ def test_training_without_learning(algorithm: type[SDAC], tmp_path: Path) -> Non
     model.save(tmp_path / "model.zip")
     model.save_replay_buffer(tmp_path / "buffer.pkl")
     loaded = algorithm.load(tmp_path / "model.zip")
-    with pytest.raises(ValueError, match="replay buffer is empty.*learn"):  # there is none
+    with pytest.raises(ValueError, match=r"replay buffer is empty.*learn"):  # there is none
         loaded.train(1)
     loaded.load_replay_buffer(tmp_path / "buffer.pkl")
     loaded.train(2, batch_size=4)

@@ -19,7 +19,7 @@ from torch import nn
 from sb3_sdac import CnnPolicy, DiffusionPolicy, MultiInputPolicy
 from sb3_sdac.mish import Mish
 from sb3_sdac.networks import EnsembleLinear
-from sb3_sdac.policies import Actor, Critic, Sampler
+from sb3_sdac.policies import Actor, Critic
 
 OBSERVATIONS = spaces.Box(-1, 1, (3,), np.float32)
 ACTIONS = spaces.Box(-1, 1, (2,), np.float32)
@@ -230,7 +230,7 @@ def test_all_kinds_of_observations_pass(kind: str, size: int | None) -> None:
 def test_result_of_reset_given_as_observation() -> None:
     """SB3 says what is wrong, not NumPy."""
     for acting in (model := make_model(), model.policy, model.actor):
-        with pytest.raises(ValueError, match="tuple.*Gym"):
+        with pytest.raises(ValueError, match=r"tuple.*Gym"):
             acting.predict((observations(1)[0], {}))
 
 
@@ -239,7 +239,11 @@ def test_result_of_reset_given_as_observation() -> None:
 def test_empty_batches(kind: str, box: str) -> None:
     """As many actions as observations, also if these are none: when no environment is left to act in."""
     policy_class, space = KINDS[kind]
-    cases: list[dict[str, Any]] = [{}, {"n_particles": 1}, {"n_train_particles": 3, "batch_norm": False, "average_actor": True}]
+    cases: list[dict[str, Any]] = [
+        {},
+        {"n_particles": 1},
+        {"n_train_particles": 3, "batch_norm": False, "average_actor": True},
+    ]
     for kwargs in cases:
         policy = make_policy(BOXES[box], policy_class, space, **kwargs)
         for acting in actors_of(policy):
@@ -248,7 +252,9 @@ def test_empty_batches(kind: str, box: str) -> None:
                 assert actions.shape == (0, *BOXES[box].shape) and actions.dtype == BOXES[box].dtype and state is None
 
 
-@pytest.mark.parametrize("kwargs", [{"eta": 1.0}, {"n_bins": 1}, {"share_features_extractor": True}, {"n_critics": 1}], ids=str)
+@pytest.mark.parametrize(
+    "kwargs", [{"eta": 1.0}, {"n_bins": 1}, {"share_features_extractor": True}, {"n_critics": 1}], ids=str
+)
 def test_empty_batches_of_other_policies(kwargs: dict[str, Any]) -> None:
     model = make_model(policy_kwargs=kwargs)
     for deterministic in (True, False):

@@ -220,7 +220,7 @@ class OwnPolicy(DiffusionPolicy):
     """As SB3's guide to custom policies has them: the arguments by name unseen, one of them its own."""
 
     def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, exploration_noise=0.3, **kwargs)
+        super().__init__(*args, **{**kwargs, "exploration_noise": 0.3})
 
 
 def test_policy_of_ones_own(tmp_path: Path) -> None:
@@ -369,7 +369,7 @@ def test_load_without_env(n_envs: int, n_steps: int, tmp_path: Path, monkeypatch
         patch.setattr(ReplayBuffer, "__init__", init)
         loaded = SDAC.load(tmp_path / "model.zip")
     assert sum(allocated) <= n_envs, "no room for transitions is needed to act"
-    assert loaded.replay_buffer is None and loaded.buffer_size == 60
+    assert vars(loaded)["replay_buffer"] is None and loaded.buffer_size == 60
     assert_same_actions(model, loaded, observations(20))
     # What was loaded for acting can be saved again
     loaded.save(tmp_path / "again.zip")

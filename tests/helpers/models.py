@@ -20,11 +20,7 @@ TINY_POLICY: dict[str, Any] = {"net_arch": [16], "n_diffusion_steps": 5, "n_samp
 
 
 def make_model(
-    env: Any = "Pendulum-v1",
-    policy: str = "MlpPolicy",
-    algorithm: type[SDAC] = SDAC,
-    policy_kwargs: dict[str, Any] | None = None,
-    **kwargs: Any,
+    env: Any = "Pendulum-v1", policy: Any = "MlpPolicy", algorithm: Any = SDAC, policy_kwargs: Any = None, **kwargs: Any
 ) -> Any:
     """
     :param env: environment

@@ -2,9 +2,7 @@
 Runs Stable-Baselines3's own published tests with SDAC standing in for SAC: ``python tests/helpers/sb3_standin.py``.
 
 The tests come from the source distribution of the installed version of SB3 (pip downloads it). ``--algo
-sb3_contrib:TQC`` runs the same selection with TQC, to compare. Twelve are expected to fail with SB3 2.9.2: five use gSDE,
-which SDAC refuses; five look into target critics, which it has none of by default; test_tensorboard expects SAC's name in the
-log's folder (and fails for TQC, too); test_continuous allows 300 updates, in which CrossQ does not learn enough either.
+sb3_contrib:TQC`` runs the same selection with TQC, to compare. The twelve of :data:`EXPECTED` fail with SDAC, and must.
 """
 
 import argparse
@@ -25,6 +23,30 @@ FILES = (
     "cnn custom_policy tensorboard"
 ).split()
 
+#: Tests that fail with SDAC, by a part of their name, and why
+EXPECTED = {
+    **dict.fromkeys(
+        (
+            *(
+                "test_run.py::test_offpolicy_multi_env",
+                "test_spaces.py::test_sde_multi_dim",
+                "test_her.py::test_save_load[True",
+            ),
+            *("test_save_load_policy[True-MlpPolicy", "test_save_load_policy[True-CnnPolicy"),
+        ),
+        "it uses gSDE, which SDAC refuses",
+    ),
+    **dict.fromkeys(
+        (
+            *("test_sac_train_with_batch_norm", "test_offpolicy_collect_rollout_batch_norm"),
+            *("test_predict_with_dropout_batch_norm[Pendulum-v1", "test_cnn.py::test_features_extractor_target_net"),
+        ),
+        "it looks into target critics, of which there are none by default",
+    ),
+    "test_n_steps_with_dict_obs[None": "it expects an AssertionError where SDAC raises a ValueError",
+    "test_tensorboard.py::test_tensorboard[": "it expects SAC's name in the log's folder",
+}
+
 if "SB3_STANDIN" in os.environ:  # as a plugin of pytest, before the tests import SAC
     import torch as th
 
@@ -44,10 +66,15 @@ def concerns_sac(item: pytest.Function) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Function]) -> None:
-    """Keep the tests that concern SAC."""
+    """Keep the tests that concern SAC, and mark those that fail with SDAC."""
     kept = [item for item in items if concerns_sac(item)]
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
+    if STANDIN.__name__ == "SDAC":
+        for item in items:
+            reasons = [reason for part, reason in EXPECTED.items() if part in item.nodeid]
+            if reasons:
+                item.add_marker(pytest.mark.xfail(reason=reasons[0], strict=True))
 
 
 def main() -> int:
@@ -68,7 +95,7 @@ def main() -> int:
             "SB3_STANDIN": arguments.algo,
             "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
         }
-        command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-p", "sb3_standin", *pytest_arguments]
+        command = [sys.executable, "-m", "pytest", "-q", "-rfEx", "-p", "sb3_standin", *pytest_arguments]
         return subprocess.run(
             [*command, *(f"tests/test_{name}.py" for name in FILES)], cwd=tests.parent, env=environment
         ).returncode
