@@ -115,10 +115,14 @@ class CarefulOffPolicyAlgorithm(LiveArguments, OffPolicyAlgorithm):
         action, buffer_action = super()._sample_action(learning_starts, action_noise, n_envs)
         if not np.isfinite(buffer_action).all():
             rewards = getattr(self.replay_buffer, "rewards", np.zeros(1))
-            raise ValueError(
-                f"The policy's action at environment step {self.num_timesteps} is not finite: {buffer_action}. Learning has "
-                f"diverged; the largest reward in the replay buffer is {float(abs(rewards).max()):g} in size. "
+            reason = (
+                f"Learning has diverged; the largest reward in the replay buffer is {float(abs(rewards).max()):g} in size. "
                 "reward_scale='auto' suits rewards of any size; else try a smaller learning_rate"
+            )
+            if action_noise is not None and all(th.isfinite(value).all() for value in self.policy.state_dict().values()):
+                reason = "The networks' weights are finite, so the fault is that of action_noise"
+            raise ValueError(
+                f"The policy's action at environment step {self.num_timesteps} is not finite: {buffer_action}. {reason}"
             )
         return action, buffer_action
 

@@ -30,7 +30,7 @@ EXPECTED = {
             *(
                 "test_run.py::test_offpolicy_multi_env",
                 "test_spaces.py::test_sde_multi_dim",
-                "test_her.py::test_save_load[True",
+                "test_her.py::test_save_load[T",
             ),
             *("test_save_load_policy[True-MlpPolicy", "test_save_load_policy[True-CnnPolicy"),
         ),
