@@ -14,7 +14,19 @@ PACKAGE = Path(sb3_sdac.__file__).parent
 MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py"))}
 #: What each module may import of the package: those on a line before its own
 LAYERS = [
-    {"diffusion", "arguments", "files", "spaces", "mish", "normalisation", "value_bins", "metrics", "rewards", "presets"},
+    {
+        "diffusion",
+        "arguments",
+        "files",
+        "spaces",
+        "mish",
+        "normalisation",
+        "value_bins",
+        "metrics",
+        "rewards",
+        "presets",
+        "options",
+    },
     {"score_matching", "networks", "temperature", "buffers", "compilation"},
     {"policies"},
     {"update", "off_policy"},
