@@ -176,6 +176,23 @@ def test_it_is_a_copy() -> None:
     assert (actor(as_tensors(obs)) == before).all() and (predict(model, obs) != own).any()
 
 
+def test_settings_of_a_live_model_are_exported() -> None:
+    """As acting has them at the time."""
+    model, obs = make_model(VECTOR), observations(VECTOR)
+    before = predict(model, obs)
+    for name, value in {
+        "n_particles": 7,
+        "eta": 1.0,
+        "n_sampling_steps": 4,
+        "init_noise_scale": 0.1,
+        "pessimism": 1.0,
+    }.items():
+        setattr(model.policy, name, value)
+    actor = DeterministicActor(model)
+    assert_same_actions(actor(as_tensors(obs)).numpy(), predict(model, obs))
+    assert actor.candidates(as_tensors(obs))[0].shape == (50, 7, 2) and (predict(model, obs) != before).any()
+
+
 def test_action_spaces_of_other_shapes_and_dtypes() -> None:
     space = spaces.Box(-2.0, 3.0, (1, 2), np.float64)
     model = make_model(VECTOR, action_space=space)

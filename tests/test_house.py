@@ -15,17 +15,8 @@ MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py"))}
 #: What each module may import of the package: those on a line before its own
 LAYERS = [
     {
-        "diffusion",
-        "arguments",
-        "files",
-        "spaces",
-        "mish",
-        "normalisation",
-        "value_bins",
-        "metrics",
-        "rewards",
-        "presets",
-        "options",
+        *("diffusion", "arguments", "files", "spaces", "options", "presets"),
+        *("mish", "normalisation", "value_bins", "metrics", "rewards"),
     },
     {"score_matching", "networks", "temperature", "buffers", "compilation"},
     {"policies"},
