@@ -6,9 +6,9 @@ Tables and pictures of the runs of one or several protocols, from the rows that 
         --into docs/results.md
     python benchmarks/report.py benchmarks/short.yml --summary README.md
 
-The first writes ``<results>/my.md`` and ``<results>/my.png``. The second puts each report between the lines ``<!-- short -->``
-and ``<!-- /short -->`` of a page, and the pictures into the folder ``images`` beside it. The third puts one small table between
-``<!-- results -->`` and ``<!-- /results -->``.
+The first writes ``<results>/my.md`` and ``<results>/my.png``. The second puts each report between the lines
+``<!-- short -->`` and ``<!-- /short -->`` of a page, and the pictures into the folder ``images`` beside it. The third puts one
+small table between ``<!-- results -->`` and ``<!-- /results -->``.
 
 A report has the scores per environment and seed, ratios to SAC, and over all environments the interquartile mean and the
 probability that SDAC beats each of the others (Agarwal et al. 2021, "Deep RL at the edge of the statistical precipice", with
@@ -20,6 +20,7 @@ configuration: one line per configuration, with ratios to the reference, and no 
 """
 
 import argparse
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -330,7 +331,8 @@ def report(path: Path, results: Path, page: Path | None, work: Path | None, with
         text += f" In brackets: each seed. Ratio: means divided by those of {reference}, mean over the environments."
         tables = "" if table.empty else ablation(table, order, reference)
     commits = ", ".join(sorted(rows["commit"].unique()))
-    text += f"\nRows: `{path.stem}.csv`, made by commit {commits}. Made by `python benchmarks/report.py {path}`.\n\n{tables}"
+    text = textwrap.fill(f"{text} Rows: `{path.stem}.csv`, of commit {commits}.", 118, break_on_hyphens=False)
+    text += f"\nMade by `python benchmarks/report.py {path}`.\n\n{tables}"
     picture = (results if page is None else page.parent / "images") / protocol.get("picture", f"{path.stem}.png")
     if page is None:
         (results / f"{path.stem}.md").write_text(text, encoding="utf-8")

@@ -6,14 +6,14 @@ Train the runs of a protocol: configurations x environments x seeds, through rl_
     python benchmarks/run.py benchmarks/short.yml --ray auto                         # on a Ray cluster (docs/sweep.md)
 
 While a run goes on, its folder ``<work>/<protocol>/<configuration>_<env>_<seed>`` holds a row per evaluation and a checkpoint
-(:mod:`sb3_sdac.checkpoint`), made every ``--checkpoint-minutes`` and when ``--minutes`` are over. A finished run moves its rows
-into ``<results>/<protocol>.csv``, the one file that ``report.py`` reads, and its folder goes.
-Called again, finished runs are left alone and the others go on from their checkpoints. Rows after the checkpoint are made anew,
-and only the episodes under way at the interruption are lost. A run that fails is reported and tried once more at the end.
+(:mod:`sb3_sdac.checkpoint`), made every ``--checkpoint-minutes`` and when ``--minutes`` are over. A finished run moves its
+rows into ``<results>/<protocol>.csv``, the one file that ``report.py`` reads, and its folder goes.
+Called again, finished runs are left alone and the others go on from their checkpoints. Rows after the checkpoint are made
+anew, and only the episodes under way at the interruption are lost. A run that fails is reported and tried again at the end.
 On a cluster ``<results>`` and ``<work>`` must be on a file system that all machines share.
 
-Columns: configuration, config (hash of algorithm and hyperparameters), commit (of the code that trained), env, seed, env_steps,
-updates, wall_time (seconds of training, evaluations not counted, all pieces of the run added), returns (of each episode).
+Columns: configuration, config (hash of algorithm and hyperparameters), commit (of the code that trained), env, seed,
+env_steps, updates, wall_time (seconds of training without evaluations, the run's pieces added), returns (of each episode).
 """
 
 import argparse

@@ -13,8 +13,8 @@ of its own, which makes a model and one update: with ``compile=True`` once witho
 on disk. Where there are more than three cores, half of them run these processes side by side.
 
 Writes ``benchmarks/results/speed_<env>_<device>.json``, or with ``--sweep`` ``sweep_<env>_<device>.json``: update time against
-particles, candidates, steps, batch size, action dimension, and time per step against the number of environments, with the floor
-that the matrix products' arithmetic sets at the rate of a single large one.
+particles, candidates, steps, batch size, action dimension, and time per step against the number of environments, with the
+floor that the matrix products' arithmetic sets at the rate of a single large one.
 
     python benchmarks/speed.py --into docs/speed.md    # measures nothing: tables and pictures from all these files
 
@@ -268,7 +268,8 @@ def draw_sweep(swept: dict[str, Any], path: Path) -> None:
         ax.set_axis_off()
     axes.flat[-1].legend(*axes.flat[0].get_legend_handles_labels(), loc="center", frameon=False)
     setting = swept["setting"]
-    figure.suptitle(f"Cost of an update of SDAC on {setting['env']}, {setting['machine']}, 1 thread; one argument changed at a time")
+    where = f"{setting['env']}, {setting['machine']}, 1 thread"
+    figure.suptitle(f"Cost of an update of SDAC ({where}); one argument changed at a time")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=80)
 
@@ -280,7 +281,8 @@ def renew(folder: Path, page: Path) -> None:
     """
     for path in sorted(folder.glob("speed_*.json")):
         kept = json.loads(path.read_text(encoding="utf-8"))
-        insert(f"Made by `{kept['setting']['command']}`.\n\n{table(kept['seconds'], kept['first_update'])}\n", path.stem, page)
+        made_by = f"Made by\n`{kept['setting']['command']}`."
+        insert(f"{made_by}\n\n{table(kept['seconds'], kept['first_update'])}\n", path.stem, page)
     for path in sorted(folder.glob("sweep_*.json")):
         draw_sweep(json.loads(path.read_text(encoding="utf-8")), page.parent / "images" / f"{path.stem}.png")
 

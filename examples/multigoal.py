@@ -207,7 +207,7 @@ def draw_goals(rows: list[dict[str, Any]], path: Path) -> None:
     shade = plane.contourf(x, y, distance, levels=12, cmap="Greys", alpha=0.6)
     for goal, colour, goal_name in zip(GOALS, colours, GOAL_NAMES, strict=True):
         plane.plot(*goal, "*", color=colour, markersize=15)
-        plane.annotate(goal_name, goal + [0, 0.8], ha="center")
+        plane.annotate(goal_name, (goal[0], goal[1] + 0.8), ha="center")
     plane.plot(0, 0, "ko", markersize=5)
     plane.add_patch(Rectangle((-1, -1), 2, 2, fill=False, edgecolor="tab:red", linestyle="--"))
     plane.annotate("start, and the limits\nof one step's action", (0, -1.2), ha="center", va="top", fontsize=8)

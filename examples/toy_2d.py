@@ -192,18 +192,20 @@ def draw_picture(samples: dict[str, dict[str, th.Tensor]], path: Path) -> None:
         axis.set_title(method, fontsize=9)
     for row, (density, by_method) in zip(axes, samples.items(), strict=True):
         row[0].set_ylabel(f"{density}\ny", fontsize=9)
-        counts = [np.histogram2d(*x.T.numpy(), bins=60, range=[limits] * 2)[0] for x in by_method.values()]
+        counts = [np.histogram2d(x[:, 0].numpy(), x[:, 1].numpy(), bins=60, range=[limits] * 2)[0] for x in by_method.values()]
         share = [100 * count / len(x) for count, x in zip(counts, by_method.values(), strict=True)]
         top = float(np.quantile(np.stack(share), 0.999))  # the same colours in a row; single bins may be above
         for axis, image in zip(row, share, strict=True):
-            shown = axis.imshow(image.T, origin="lower", extent=(*limits, *limits), cmap="magma", vmin=0, vmax=top)
+            shown = axis.imshow(
+                image.T, origin="lower", extent=(*limits, *limits), cmap="magma", vmin=0, vmax=top, interpolation="nearest"
+            )
             axis.set(xticks=[-6, 0, 6], yticks=[-6, 0, 6])
         figure.colorbar(shown, ax=list(row), extend="max", label="% of the samples per bin")
     for axis in axes[-1]:
         axis.set_xlabel("x", fontsize=9)
     n = len(next(iter(next(iter(samples.values())).values())))
     figure.suptitle(f"{n:,} samples of exp(Q), and of diffusions that learned from Q alone; the frame is the box", fontsize=10)
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=72)
 
 
 def main() -> None:
