@@ -28,13 +28,13 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import yaml
-from pages import insert
 from rliable import library, metrics
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
+PEER_COLOURS = ["tab:orange", "tab:green", "tab:red", "tab:purple", "black"]
 
 
 def read_results(table: Path, work: Path | None = None) -> pd.DataFrame:
@@ -222,7 +222,9 @@ def plot(
                 updates = f"{peer['updates_per_step']} update{'s' if peer['updates_per_step'] > 1 else ''} per step"
                 label = f"{peer['algorithm']}: {version}, {updates}, {peer['seeds']} seeds"
                 style = (0, (6 - i, 1 + i))
-                handles[label] = axis.axhline(peer["mean"], color=f"C{len(order) + i}", linewidth=1.2, linestyle=style)
+                handles[label] = axis.axhline(
+                    peer["mean"], color=PEER_COLOURS[i % len(PEER_COLOURS)], linewidth=1.2, linestyle=style
+                )
         axis.set_title(f"{env} ({span(n_seeds)} seed{'s' if max(n_seeds) > 1 else ''})")
         axis.set(xlabel="minutes of training" if against_time else "environment steps (thousands)")
         axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))  # a dip must not look like a collapse
@@ -305,15 +307,15 @@ def setting(protocol: dict[str, Any], table: pd.DataFrame) -> str:
 
 def report(path: Path, results: Path, page: Path | None, work: Path | None, with_time: bool) -> str:
     """
-    Write a report and draw its picture.
+    Make a report and draw its picture.
 
     :param path: of the protocol
-    :param results: folder of the tables, in which the report and its pictures are written if there is no page
-    :param page: a Markdown page that the report is put into, with the folder ``images`` beside it for pictures
+    :param results: folder of the tables, and of the pictures if there is no page
+    :param page: a Markdown page that the report is for, with the folder ``images`` beside it for pictures
     :param work: folder of the runs that go on, if they are to be in the picture
     :param with_time: draw returns against time, too
     :return: the report
-    :raises SystemExit: see :func:`read_results` and :func:`pages.insert`
+    :raises SystemExit: see :func:`read_results`
     """
     protocol, rows, table = read_protocol(path, results, work)
     order = list(protocol["configurations"])
@@ -334,10 +336,6 @@ def report(path: Path, results: Path, page: Path | None, work: Path | None, with
     text = textwrap.fill(f"{text} Rows: `{path.stem}.csv`, of commit {commits}.", 118, break_on_hyphens=False)
     text += f"\nMade by `python benchmarks/report.py {path}`.\n\n{tables}"
     picture = (results if page is None else page.parent / "images") / protocol.get("picture", f"{path.stem}.png")
-    if page is None:
-        (results / f"{path.stem}.md").write_text(text, encoding="utf-8")
-    else:
-        insert(text, path.stem, page)
     if reference is None:
         plot(rows, order, picture, title=protocol.get("title", ""), peers=peers)
         if with_time:
@@ -356,9 +354,16 @@ def main() -> None:
     parser.add_argument("--summary", type=Path, metavar="PAGE", help="only put one small table into a Markdown page")
     parser.add_argument("--time", action="store_true", help="also draw returns against the time of training")
     args = parser.parse_args()
+    from pages import insert  # beside this script; --help does without
+
     for path in args.protocols:
         if args.summary is None:
-            print(report(path, args.results, args.into, args.work, args.time))
+            text = report(path, args.results, args.into, args.work, args.time)
+            if args.into is None:
+                (args.results / f"{path.stem}.md").write_text(text, encoding="utf-8")
+            else:
+                insert(text, path.stem, args.into)
+            print(text)
             continue
         protocol, _, table = read_protocol(path, args.results, args.work)
         n_seeds = span(list(table.groupby(["env", "configuration"]).size()))

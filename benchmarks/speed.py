@@ -42,7 +42,6 @@ import gymnasium as gym
 import joblib
 import numpy as np
 import torch as th
-from pages import insert
 from sb3_contrib import TQC, CrossQ
 from stable_baselines3 import SAC
 from stable_baselines3.common.env_util import make_vec_env
@@ -279,6 +278,8 @@ def renew(folder: Path, page: Path) -> None:
     :param folder: of the files
     :param page: takes a table of each, and their pictures into the folder ``images`` beside it
     """
+    from pages import insert  # beside this script; --help does without
+
     for path in sorted(folder.glob("speed_*.json")):
         kept = json.loads(path.read_text(encoding="utf-8"))
         made_by = f"Made by\n`{kept['setting']['command']}`."
