@@ -21,7 +21,7 @@ test-fast:
 	$(PYTHON) -m pytest -m "not slow"
 
 sb3-tests:  ## SB3's own published tests, with SDAC standing in for SAC
-	$(PYTHON) tests/sb3_standin.py
+	$(PYTHON) tests/helpers/sb3_standin.py
 
 check: lint type  ## the checks that write nothing
 

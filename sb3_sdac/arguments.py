@@ -7,13 +7,22 @@ import numpy as np
 
 #: What SAC or TQC has and SDAC has not, and what takes its place
 ELSEWHERE = {
-    "target_entropy": "SDAC has no entropy to aim at: target_ess is the effective sample size that ent_coef='auto' aims at",
+    "target_entropy": "there is no entropy to aim at. ent_coef='auto' of SDAC aims at an effective sample size, target_ess, "
+    "and ent_coef='paper_<number>' at an entropy per action dimension of minus that number",
     "use_sde": "a diffusion policy has no Gaussian whose noise could depend on the state: "
     "policy_kwargs=dict(exploration_noise=...) and action_noise set how SDAC explores",
     "sde_sample_freq": "there is no use_sde: policy_kwargs=dict(exploration_noise=...) and action_noise set how SDAC explores",
     "use_sde_at_warmup": "there is no use_sde: the first learning_starts actions are random",
     "top_quantiles_to_drop_per_net": "policy_kwargs=dict(pessimism=...) sets how far Q is below the mean of the critics",
     "n_quantiles": "policy_kwargs=dict(n_bins=...) sets how finely the critics resolve values",
+    **dict.fromkeys(
+        ("log_std_init", "use_expln", "clip_mean"),
+        "a diffusion policy has no Gaussian: policy_kwargs=dict(exploration_noise=...) sets how much SDAC explores",
+    ),
+    **dict.fromkeys(
+        ("batch_norm_momentum", "batch_norm_eps", "renorm_warmup_steps"),
+        "policy_kwargs=dict(batch_norm=...) only says whether the critics' layers are normalised",
+    ),
     "target_policy_noise": "policy_kwargs=dict(exploration_noise=...) is the noise of the actions in the TD target, too",
     "target_noise_clip": "clip_target_actions=True keeps noisy actions in the box",
     "actor_learning_rate": "learning_rate is the actor's, qf_learning_rate the critics'",
@@ -61,6 +70,16 @@ def is_rate(value: Any) -> bool:
     :return: whether it is a learning rate: a number of at least 0 or a schedule
     """
     return callable(value) or (is_number(value) and bool(value >= 0))
+
+
+def is_train_freq(value: Any) -> bool:
+    """
+    :param value: anything
+    :return: whether it is a count of steps, or a tuple of a count and its unit
+    """
+    if not isinstance(value, tuple):
+        return is_count(value)
+    return len(value) == 2 and is_count(value[0]) and getattr(value[1], "value", value[1]) in ("step", "episode")
 
 
 def is_lr_decay(value: Any) -> bool:
@@ -123,10 +142,11 @@ def check_finite(name: str, values: Any, where: str) -> None:
         raise ValueError(f"The {label}{index} {where.format(value=value)}")
 
 
-def refuse_unknown(arguments: dict[str, Any], policy_arguments: set[str]) -> None:
+def refuse_unknown(arguments: dict[str, Any], policy_arguments: set[str], live: frozenset[str]) -> None:
     """
     :param arguments: that were given and are none of the algorithm's
     :param policy_arguments: names of those that the policy takes
+    :param live: those that may be set on a policy in use
     :raises TypeError: says where each belongs or what takes its place
     """
     for name, value in arguments.items():
@@ -135,7 +155,8 @@ def refuse_unknown(arguments: dict[str, Any], policy_arguments: set[str]) -> Non
         if name in ELSEWHERE:
             advice = ELSEWHERE[name]
         elif name in policy_arguments:
-            advice = f"it is the policy's: policy_kwargs=dict({name}={value!r}), or model.policy.{name} = ... of a live model"
+            advice = f"it is the policy's: policy_kwargs=dict({name}={value!r})"
+            advice += f", or model.policy.{name} = {value!r} of a live model" if name in live else " of a new model"
         else:
             advice = "see the list of arguments in help(SDAC)"
         raise TypeError(f"unexpected keyword argument {name}={value!r}: {advice}")

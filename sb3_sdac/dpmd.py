@@ -14,9 +14,10 @@ from torch import nn
 
 from sb3_sdac import score_matching as sm
 from sb3_sdac.arguments import check, is_count
+from sb3_sdac.options import UpdateOptions
 from sb3_sdac.policies import DiffusionPolicy
 from sb3_sdac.sdac import SDAC
-from sb3_sdac.update import Metrics, Update, UpdateOptions
+from sb3_sdac.update import Metrics, Update
 
 #: Moving average of Q's mean and standard deviation (official DPMD)
 Q_STATISTICS_RATE = 1e-3
@@ -51,11 +52,11 @@ def mirror_descent_weights(
 
     As published: the division binds to the mean alone, where (Q - mean) / std was probably meant.
 
-    :param q_values: Q of the actions that are noised, shape (B, 1)
+    :param q_values: Q of the actions that are noised, shape (...)
     :param running_mean: moving average of the batches' mean of Q
     :param running_std: moving average of the batches' standard deviation of Q
     :param temperature: alpha > 0, without a unit
-    :return: shape (B, 1)
+    :return: shape (...)
     """
     return ((q_values - running_mean / running_std).clamp(-3, 3) / temperature).exp()
 
@@ -76,7 +77,7 @@ class MirrorDescentUpdate(Update):
         super().__init__(policy)
         self.q_statistics = QStatistics().to(self.policy.device)
 
-    def __call__(self, batch: ReplayBufferSamples, options: UpdateOptions, step_actor: bool, step_targets: bool) -> Metrics:
+    def step(self, batch: ReplayBufferSamples, options: UpdateOptions, step_actor: bool, step_targets: bool) -> Metrics:
         """
         :param batch: B transitions
         :param options: numbers and choices
@@ -85,13 +86,12 @@ class MirrorDescentUpdate(Update):
         :return: scalars for the log
         """
         assert isinstance(options, MirrorDescentOptions)
-        actor, critic = self.policy.actor, self.policy.critic
+        actor, critic, obs = self.policy.actor, self.policy.critic, batch.next_observations
 
         # Next actions
         with th.set_grad_enabled(step_actor):
-            encoded_actor = actor.encode(batch.next_observations)  # (B, H)
-        encode_critic = self.critic_encoder(batch.next_observations, now=True)
-        next_actions = self.draw_actions(encoded_actor, encode_critic, options)  # (B, A)
+            encoded_actor = actor.encode(obs)  # (B, H)
+        next_actions = self.draw_actions(encoded_actor, obs, options)  # (B, A)
 
         # Critic loss against the TD target, and all steps but the last
         critic_loss, metrics = self.critic_loss(batch, next_actions, options)
@@ -101,12 +101,12 @@ class MirrorDescentUpdate(Update):
             critic.optimizer.step()
 
         # Mirror descent at the next actions, on the critics as they are before the last step
-        if options.critic_steps > 1:
-            encode_critic = self.critic_encoder(batch.next_observations, now=True)
+        with th.no_grad():
+            q_values = self.policy.q(self.encode_critic(obs), next_actions)  # (B,)
         if step_actor:
-            actor_loss, metrics["reverse_ess"] = self.mirror_descent_loss(encoded_actor, encode_critic(), next_actions)
+            actor_loss, metrics["reverse_ess"] = self.mirror_descent_loss(encoded_actor, q_values, next_actions)
             metrics["actor_loss"] = actor_loss
-        self.q_statistics.track(self.policy.q(encode_critic(), next_actions).detach())
+        self.q_statistics.track(q_values)
 
         # The last step of the critics, and the actor's
         critic.optimizer.step()
@@ -119,19 +119,18 @@ class MirrorDescentUpdate(Update):
         return {**metrics, "ent_coef": self.policy.log_ent_coef.exp()}
 
     def mirror_descent_loss(
-        self, encoded_actor: th.Tensor, encoded_critic: th.Tensor, actions: th.Tensor
+        self, encoded_actor: th.Tensor, q_values: th.Tensor, actions: th.Tensor
     ) -> tuple[th.Tensor, th.Tensor]:
         """
         :param encoded_actor: the actor's encoding of B observations, with its gradient, shape (B, H)
-        :param encoded_critic: the critics' encoding of them, shape (C, B, H)
+        :param q_values: Q of the actions, shape (B,)
         :param actions: actions of the policy at these observations, shape (B, A)
         :return: the loss, and the effective sample size of the weights over the batch, between 1 and B
         """
         _, noise, _, predicted_noise = self.noised(encoded_actor, actions)
         with th.no_grad():
-            q_values = self.policy.q(encoded_critic, actions).unsqueeze(1)  # (B, 1)
             statistics = self.q_statistics.mean, self.q_statistics.std
-            weights = mirror_descent_weights(q_values, *statistics, self.policy.log_ent_coef.exp())
+            weights = mirror_descent_weights(q_values, *statistics, self.policy.log_ent_coef.exp()).unsqueeze(1)  # (B, 1)
             ess = sm.effective_sample_size((weights / weights.sum()).squeeze(1))
         return sm.denoising_loss(predicted_noise, noise, weights), ess
 
@@ -179,7 +178,7 @@ class DPMD(SDAC):
     @classmethod
     def _constructor_arguments(cls) -> set[str]:
         names = super()._constructor_arguments() | set(inspect.signature(DPMD.__init__).parameters)
-        return names - {*UNUSED, "kwargs"}
+        return names - {*UNUSED, "self", "kwargs"}
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, variables = super()._get_torch_save_params()

@@ -166,6 +166,21 @@ class EnsembleLinear(nn.Module):
         scale, shift = self._scale_and_shift(self.norm)
         return scale.mT * self.weight, th.baddbmm(self.bias, shift, self.weight)
 
+    def encode(self, x: th.Tensor) -> th.Tensor:
+        """
+        What the first of the inputs contribute, with the bias and the shift of all. They are normalised before the product,
+        and not by its weights: rounded to bfloat16, inputs far from 0 would lose what they vary by.
+
+        :param x: the first inputs, the same for all members, shape (M, first)
+        :return: shape (C, M, out)
+        """
+        n = x.shape[1]
+        if self.norm is None:
+            return th.baddbmm(self.bias, x.expand(len(self.weight), -1, -1), self.weight[:, :n])
+        scale, shift = self._scale_and_shift(self.norm)
+        bias = th.baddbmm(self.bias, shift[..., n:], self.weight[:, n:])
+        return th.baddbmm(bias, th.addcmul(shift[..., :n], x, scale[..., :n]), self.weight[:, :n])
+
     def folded_weight(self, first: int) -> th.Tensor:
         """
         :param first: input at which to begin
@@ -203,7 +218,9 @@ class EnsembleLinear(nn.Module):
         # (C, M, in) -> (M, C * in): every input of every member is a channel of its own
         flat = x.transpose(0, 1).flatten(1)
         flat = F.batch_norm(flat, norm.running_mean, norm.running_var, norm.weight, norm.bias, True, norm.momentum, norm.eps)
-        return _ensemble_linear(flat.view(x.shape[1], x.shape[0], -1).transpose(0, 1), self.weight, self.bias)
+        # Contiguous, as products with a transposed operand take twice as long
+        x = flat.view(x.shape[1], x.shape[0], -1).transpose(0, 1).contiguous()
+        return _ensemble_linear(x, self.weight, self.bias)
 
 
 def _ensemble_linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
@@ -260,9 +277,7 @@ class CriticEnsemble(nn.Module):
         :param features: shape (B, F)
         :return: shape (C, B, H)
         """
-        weight, bias = self.first.folded()
-        # (B, F) -> (C, B, F) @ (C, F, H) -> (C, B, H)
-        return th.baddbmm(bias, features.expand(len(weight), -1, -1), weight[:, : self.features_dim])
+        return self.first.encode(features)
 
     def forward(self, encoded: th.Tensor, actions: th.Tensor) -> th.Tensor:
         """
@@ -292,6 +307,38 @@ class CriticEnsemble(nn.Module):
         # (C, B, N, H) -> (C, B * N, H) -> (C, B * N, M) -> (C, B, M) or (C, B, N, M)
         outputs = last_in_float32(self.rest, hidden.flatten(1, 2))
         return outputs.view(n_critics, *actions.shape[:-1], outputs.shape[-1])
+
+    def outputs_by_difference(self, encoded: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        """
+        :meth:`outputs` for N actions per observation, exact in their differences where products are rounded to bfloat16.
+
+        Weights of candidates go by differences of Q, which are small beside Q: rounding each candidate's hidden units would
+        drown them (an error of 5 % in the differences, here 0.3 %). So all share the units of the first action, and only what
+        the others add to them is rounded, relative to its own size. The gradient is that of each output with respect to its
+        own action.
+
+        :param encoded: from :meth:`encode`, shape (C, B, H)
+        :param actions: shape (B, N, A)
+        :return: shape (C, B, N, M), float32
+        """
+        n_critics, batch_size, n_actions = len(encoded), *actions.shape[:2]
+
+        def per_action(rows: th.Tensor) -> th.Tensor:
+            return rows.view(n_critics, batch_size, n_actions, rows.shape[-1])  # (C, B * N, H) -> (C, B, N, H)
+
+        weight = self.first.folded_weight(self.features_dim)
+        first = actions[:, :1].detach()
+        base = encoded + first.flatten(end_dim=1).expand(n_critics, -1, -1).bmm(weight)  # (C, B, H)
+        step = per_action((actions - first).flatten(end_dim=1).expand(n_critics, -1, -1).bmm(weight))  # (C, B, N, H)
+        for layer in self.rest:
+            if isinstance(layer, EnsembleLinear):
+                weight, bias = layer.folded()
+                base = th.baddbmm(bias, base, weight)
+                step = per_action(step.flatten(1, 2).bmm(weight))
+            else:
+                shared, base = base.unsqueeze(2), layer(base)  # (C, B, 1, H), (C, B, H)
+                step = layer(shared + step) - base.unsqueeze(2)
+        return base.unsqueeze(2) + step
 
     def normalise_batch(self, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
         """

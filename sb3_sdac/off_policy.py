@@ -9,7 +9,9 @@ import inspect
 import io
 import json
 import pathlib
+import time
 import warnings
+from collections import deque
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -58,6 +60,16 @@ class CarefulOffPolicyAlgorithm(LiveArguments, OffPolicyAlgorithm):
         names = set(inspect.signature(next(iter(cls.policy_aliases.values())).__init__).parameters)
         return names - {"self", "observation_space", "action_space", "lr_schedule"}
 
+    @classmethod
+    def _refuse_unknown(cls, arguments: dict[str, Any]) -> None:
+        """:raises TypeError: if there are any, which are none of this algorithm's"""
+        refuse_unknown(arguments, cls._policy_arguments(), DiffusionPolicy.LIVE)
+
+    @property
+    def stats_window_size(self) -> int:
+        """Episodes over which the logged success rate, length and reward are averaged."""
+        return self._stats_window_size
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in vars(self) and "_is_live" in vars(self) and name in self._policy_arguments():
             raise AttributeError(f"{name} is the policy's: set model.policy.{name} = {value!r}")
@@ -71,8 +83,16 @@ class CarefulOffPolicyAlgorithm(LiveArguments, OffPolicyAlgorithm):
         """
         if self.replay_buffer is None or self.replay_buffer.size() == 0:
             raise ValueError("The replay buffer is empty, nothing can be learned from it: call learn(), or add transitions")
-        if not hasattr(self, "_logger"):  # which learn() makes
-            self.set_logger(configure_logger(self.verbose, self.tensorboard_log, type(self).__name__))
+        self._prepare_log()
+
+    def _prepare_log(self) -> None:
+        """What ``learn`` would have made; it makes its own all the same when it is called."""
+        if not hasattr(self, "_logger"):
+            self._logger = configure_logger(self.verbose, self.tensorboard_log, type(self).__name__)
+        if self.ep_info_buffer is None:
+            self.start_time = time.time_ns()
+            self.ep_info_buffer = deque(maxlen=self._stats_window_size)
+            self.ep_success_buffer = deque(maxlen=self._stats_window_size)
 
     def _setup_learn(
         self,
@@ -95,10 +115,14 @@ class CarefulOffPolicyAlgorithm(LiveArguments, OffPolicyAlgorithm):
         action, buffer_action = super()._sample_action(learning_starts, action_noise, n_envs)
         if not np.isfinite(buffer_action).all():
             rewards = getattr(self.replay_buffer, "rewards", np.zeros(1))
-            raise ValueError(
-                f"The policy's action at environment step {self.num_timesteps} is not finite: {buffer_action}. Learning has "
-                f"diverged; the largest reward in the replay buffer is {float(abs(rewards).max()):g} in size. "
+            reason = (
+                f"Learning has diverged; the largest reward in the replay buffer is {float(abs(rewards).max()):g} in size. "
                 "reward_scale='auto' suits rewards of any size; else try a smaller learning_rate"
+            )
+            if action_noise is not None and all(th.isfinite(value).all() for value in self.policy.state_dict().values()):
+                reason = "The networks' weights are finite, so the fault is that of action_noise"
+            raise ValueError(
+                f"The policy's action at environment step {self.num_timesteps} is not finite: {buffer_action}. {reason}"
             )
         return action, buffer_action
 
@@ -142,6 +166,12 @@ class CarefulOffPolicyAlgorithm(LiveArguments, OffPolicyAlgorithm):
         if self.replay_buffer is None and self.env is None:
             return
         if self.replay_buffer is None:
+            if self.replay_buffer_class is not None and (self.n_steps or 1) > 1:
+                warnings.warn(
+                    f"n_steps={self.n_steps} is without effect with a replay_buffer_class of your own: give that "
+                    f"replay_buffer_kwargs={{'n_steps': {self.n_steps}, 'gamma': {self.gamma}}} if it has such arguments",
+                    stacklevel=2,
+                )
             buffer_class, kwargs = choose_buffer(
                 self.replay_buffer_class,
                 self.replay_buffer_kwargs,
@@ -190,10 +220,9 @@ class CarefulOffPolicyAlgorithm(LiveArguments, OffPolicyAlgorithm):
         :param exclude: names of attributes to leave out besides those that always are
         :param include: names of such attributes to save all the same
         """
-        live = self.policy.live_arguments()
-        defaults = inspect.signature(self.policy_class).parameters
-        changed = {name for name, value in live.items() if name in self.policy_kwargs or value != defaults[name].default}
-        vars(self)["policy_kwargs"] = {**self.policy_kwargs, **{name: live[name] for name in changed}}
+        live, initial = self.policy.live_arguments(), self.policy.initial_arguments
+        changed = {name: live[name] for name in live if name in self.policy_kwargs or live[name] != initial[name]}
+        vars(self)["policy_kwargs"] = {**self.policy_kwargs, **changed}
         super().save(path, exclude, include)
 
     @classmethod
@@ -225,7 +254,11 @@ class CarefulOffPolicyAlgorithm(LiveArguments, OffPolicyAlgorithm):
             arguments
         :raises TypeError: for arguments that the constructor does not have
         """
-        refuse_unknown({name: kwargs[name] for name in kwargs.keys() - cls._constructor_arguments()}, cls._policy_arguments())
+        cls._refuse_unknown({name: kwargs[name] for name in kwargs.keys() - cls._constructor_arguments()})
+        if "policy" in kwargs:
+            raise TypeError(f"unexpected keyword argument policy={kwargs['policy']!r}: the policy comes from the file")
+        if "stats_window_size" in kwargs:
+            kwargs["_stats_window_size"] = kwargs.pop("stats_window_size")
         if str(device) != "auto" and th.device(device).type != get_device(device).type:
             warnings.warn(
                 f"device={str(device)!r} was asked for but is not there: the model is loaded on {get_device(device)}",

@@ -147,12 +147,14 @@ class _ActingPolicy(LiveArguments, BasePolicy):
         :return: actions of the action space, with a batch axis if the observations have one; state
         :raises ValueError: for observations that are NaN or infinite
         """
-        check_finite(
-            "observation",
-            observation,
-            "given to predict() is not finite: {value}. Mend the environment or what comes between it and the policy "
-            "(VecNormalize's statistics, a sensor), or skip this observation.",
-        )
+        given: Any = observation
+        if not isinstance(given, tuple):  # the result of reset(), which SB3 refuses
+            check_finite(
+                "observation",
+                given,
+                "given to predict() is not finite: {value}. Mend the environment or what comes between it and the policy "
+                "(VecNormalize's statistics, a sensor), or skip this observation.",
+            )
         return super().predict(observation, state, episode_start, deterministic)
 
 
@@ -516,9 +518,6 @@ class DiffusionPolicy(_ActingPolicy):
             squash_output=True,
         )
         self.net_arch = [256, 256, 256] if net_arch is None else net_arch
-        actor_arch, critic_arch = get_actor_critic_arch(self.net_arch)
-        if not all(is_count(width) for width in (*actor_arch, *critic_arch)):
-            raise ValueError(f"net_arch must hold integers of at least 1, got {net_arch!r}")
         self.activation_fn = activation_fn
         self.n_critics = n_critics
         self.share_features_extractor = share_features_extractor
@@ -532,6 +531,7 @@ class DiffusionPolicy(_ActingPolicy):
         self.pessimism = pessimism
         self._check_arguments()
 
+        actor_arch, critic_arch = get_actor_critic_arch(self.net_arch)
         net_kwargs = {
             "observation_space": observation_space,
             "action_space": action_space,
@@ -564,9 +564,13 @@ class DiffusionPolicy(_ActingPolicy):
         # 1 once a transition into a terminal state was learned from, by which pessimism="auto" goes
         self.register_buffer("seen_terminal", th.zeros(()))
         self._build(lr_schedule)
+        #: What an algorithm saves of its policy is what differs from these
+        self.initial_arguments = self.live_arguments()
         self._go_live()
 
     def _check_arguments(self) -> None:
+        if not all(is_count(width) for widths in get_actor_critic_arch(self.net_arch) for width in widths):
+            raise ValueError(f"net_arch must hold integers of at least 1, got {self.net_arch!r}")
         check(self, is_count, "an integer of at least 1", "n_critics")
         check(self, lambda value: is_count(value) and value % 2 == 1, "an odd integer of at least 1", "n_bins")
         allowed = "an integer of at least 1, or None for n_particles"

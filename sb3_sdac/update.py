@@ -7,43 +7,18 @@ Letters: B batch, A action dimension, K candidates, C critics, M bins, H width o
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
 
 import torch as th
 from stable_baselines3.common.type_aliases import PyTorchObs, ReplayBufferSamples
 from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
 
 from sb3_sdac import score_matching as sm
+from sb3_sdac.compilation import rounded_products
+from sb3_sdac.options import UpdateOptions
 from sb3_sdac.policies import DiffusionPolicy
 from sb3_sdac.rewards import RewardStatistics
 
 Metrics = dict[str, th.Tensor]
-
-
-@dataclass(frozen=True)
-class UpdateOptions:
-    """
-    The numbers and choices that an update depends on, besides the policy's. See :class:`~sb3_sdac.SDAC` for the others.
-
-    Frozen and compared by value: a captured update is replayed for equal options only.
-
-    :param temperature_rate: how much of the temperature that a batch calls for is taken over; None if it does not come from
-        the data
-    :param mixed_precision: whether to use bfloat16
-    """
-
-    gamma: float
-    tau: float
-    n_reverse_samples: int
-    score_matching: str
-    proposal: str
-    noised_actions: str
-    target_ess: float
-    clip_target_actions: bool
-    reward_scale: float | str
-    temperature_rate: float | None
-    mixed_precision: bool
 
 
 class Update:
@@ -72,15 +47,28 @@ class Update:
         :param step_targets: whether it is the targets' turn
         :return: scalars for the log
         """
+        with rounded_products(rounds_products(self.policy, options)):
+            return self.step(batch, options, step_actor, step_targets)
+
+    def step(self, batch: ReplayBufferSamples, options: UpdateOptions, step_actor: bool, step_targets: bool) -> Metrics:
+        """
+        The algorithm box; see :meth:`__call__`.
+
+        :param batch: B transitions
+        :param options: numbers and choices
+        :param step_actor: whether it is the actor's turn, too
+        :param step_targets: whether it is the targets' turn
+        :return: scalars for the log
+        """
         actor, critic = self.policy.actor, self.policy.critic
         noises_next_actions = options.noised_actions == "next"
 
-        # Next actions: one reverse diffusion, or the best of several by Q, plus noise. Features are extracted once per network
-        # and observation; the actor's loss may need the gradient of these
+        # Next actions: one reverse diffusion, or the best of several by Q, plus noise. The actor's features are extracted once
+        # per observation; its loss may need the gradient of these
+        obs = batch.next_observations
         with th.set_grad_enabled(step_actor and noises_next_actions):
-            encoded_actor = actor.encode(batch.next_observations)  # (B, H)
-        encode_critic = self.critic_encoder(batch.next_observations, now=step_actor and noises_next_actions)
-        actions = next_actions = self.draw_actions(encoded_actor, encode_critic, options)  # (B, A)
+            encoded_actor = actor.encode(obs)  # (B, H)
+        actions = next_actions = self.draw_actions(encoded_actor, obs, options)  # (B, A)
 
         # Critic loss against the TD target
         critic_loss, metrics = self.critic_loss(batch, next_actions, options)
@@ -90,10 +78,10 @@ class Update:
         # Score matching at an action of the policy, on the critics as they are before this update's step
         if step_actor:
             if not noises_next_actions:
-                encoded_actor = actor.encode(batch.observations)
-                encode_critic = self.critic_encoder(batch.observations, now=True)
-                actions = self.draw_actions(encoded_actor, encode_critic, options)
-            actor_loss, metrics["reverse_ess"] = self.score_matching_loss(encoded_actor, encode_critic(), actions, options)
+                obs = batch.observations
+                encoded_actor = actor.encode(obs)
+                actions = self.draw_actions(encoded_actor, obs, options)
+            actor_loss, metrics["reverse_ess"] = self.score_matching_loss(encoded_actor, obs, actions, options)
             metrics["actor_loss"] = actor_loss
 
         # Optimizers
@@ -108,39 +96,34 @@ class Update:
             self.step_targets(options.tau)
         return {**metrics, "ent_coef": self.policy.log_ent_coef.exp()}
 
-    def critic_encoder(self, observations: PyTorchObs, now: bool) -> Callable[[], th.Tensor]:
-        """
-        :param observations: B
-        :param now: whether it will be needed; else it is computed at the first call, if there is one
-        :return: gives the critics' encoding of the observations, shape (C, B, H), float32, without gradient
-        """
-
-        @cache
-        def encode() -> th.Tensor:
-            with th.no_grad(), th.autocast(self.policy.device.type, enabled=False):
-                return self.policy.critic.encode(observations)
-
-        if now:
-            encode()
-        return encode
-
     @th.no_grad()
-    def draw_actions(
-        self, encoded_actor: th.Tensor, encode_critic: Callable[[], th.Tensor], options: UpdateOptions
-    ) -> th.Tensor:
+    def draw_actions(self, encoded_actor: th.Tensor, obs: PyTorchObs, options: UpdateOptions) -> th.Tensor:
         """
         Actions of the current policy, with exploration noise.
 
-        :param encoded_actor: the actor's encoding of B observations, shape (B, H)
-        :param encode_critic: gives the critics' encoding of them, shape (C, B, H)
+        :param encoded_actor: the actor's encoding of the observations, shape (B, H)
+        :param obs: B observations
         :param options: numbers and choices
         :return: shape (B, A)
         """
-        # The candidates' Q stays float32: its rounding would spread their weights, and with it ent_coef="auto" rose by half
+        # The activations are rounded, too: with many particles they are what takes the time
         with th.autocast(encoded_actor.device.type, dtype=th.bfloat16, enabled=options.mixed_precision):
             return self.policy.draw_actions(
-                self.policy.actor, encoded_actor.detach(), encode_critic, self.noise_predictor, options.clip_target_actions
+                self.policy.actor,
+                encoded_actor.detach(),
+                lambda: self.encode_critic(obs),
+                self.noise_predictor,
+                options.clip_target_actions,
             )
+
+    @th.no_grad()
+    def encode_critic(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        :param obs: B observations
+        :return: the critics' encoding of them, shape (C, B, H), float32
+        """
+        with th.autocast(self.policy.device.type, enabled=False):
+            return self.policy.critic.encode(obs)
 
     def critic_loss(
         self, batch: ReplayBufferSamples, next_actions: th.Tensor, options: UpdateOptions
@@ -155,7 +138,7 @@ class Update:
         """
         policy, critic = self.policy, self.policy.critic
         policy.seen_terminal.copy_(th.maximum(policy.seen_terminal, batch.dones.max()))
-        outputs, next_q_values = self.critic_outputs(batch, next_actions, options.mixed_precision)  # (C, B, M), (C, B)
+        outputs, next_q_values = self.critic_outputs(batch, next_actions)  # (C, B, M), (C, B)
         next_q_values = policy.pessimistic(next_q_values).unsqueeze(1)  # (C, B) -> (B, 1)
         if isinstance(options.reward_scale, str):
             self.reward_statistics.track(batch.rewards)
@@ -182,13 +165,10 @@ class Update:
         """
         return self.reward_statistics.scale() if isinstance(options.reward_scale, str) else options.reward_scale
 
-    def critic_outputs(
-        self, batch: ReplayBufferSamples, next_actions: th.Tensor, mixed_precision: bool
-    ) -> tuple[th.Tensor, th.Tensor]:
+    def critic_outputs(self, batch: ReplayBufferSamples, next_actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
         :param batch: B transitions
         :param next_actions: the policy's actions at the next observations, shape (B, A)
-        :param mixed_precision: whether to use bfloat16
         :return: outputs of the critics, shape (C, B, M), and the next values, shape (C, B), without gradient
         """
         critic, critic_target = self.policy.critic, self.policy.critic_target
@@ -197,8 +177,7 @@ class Update:
             # "CrossQ", arXiv 1902.05605)
             obs = concatenate(batch.observations, batch.next_observations)
             actions = th.cat([batch.actions, next_actions])
-            with th.autocast(actions.device.type, dtype=th.bfloat16, enabled=mixed_precision):
-                outputs = critic.outputs(obs, actions, normalise_batch=True)
+            outputs = critic.outputs(obs, actions, normalise_batch=True)
             outputs, next_outputs = outputs.chunk(2, dim=1)  # (C, 2 B, M) -> (C, B, M), (C, B, M)
             return outputs, critic.values(next_outputs.detach())
         with th.no_grad():
@@ -206,13 +185,13 @@ class Update:
         return critic.outputs(batch.observations, batch.actions, normalise_batch=False), next_q_values
 
     def score_matching_loss(
-        self, encoded_actor: th.Tensor, encoded_critic: th.Tensor, actions: th.Tensor, options: UpdateOptions
+        self, encoded_actor: th.Tensor, obs: PyTorchObs, actions: th.Tensor, options: UpdateOptions
     ) -> tuple[th.Tensor, th.Tensor]:
         """
         The loss of the noise predictor; sets the temperature on the way if it comes from the data.
 
-        :param encoded_actor: the actor's encoding of B observations, with its gradient, shape (B, H)
-        :param encoded_critic: the critics' encoding of them, shape (C, B, H)
+        :param encoded_actor: the actor's encoding of the observations, with its gradient, shape (B, H)
+        :param obs: B observations
         :param actions: actions of the policy at these observations, which are noised, shape (B, A)
         :param options: numbers and choices
         :return: the loss, and the mean effective sample size of the weights
@@ -224,7 +203,8 @@ class Update:
             propose, draw = sm.PROPOSALS[options.proposal]
             random_numbers = draw((len(actions), options.n_reverse_samples, actions.shape[1]), device=actions.device)
             x_0, noise = propose(diffusion, x_t, t, random_numbers)
-            q_values, gradients = self.q_values_and_gradients(encoded_critic, x_0, target.needs_gradients)
+            encoded_critic = self.encode_critic(obs)  # (C, B, H)
+            q_values, gradients = self.q_values_and_gradients(encoded_critic, x_0, options, target.needs_gradients)
             # The critics' rewards are scaled. In logarithms, as neither factor need be a number of float32
             log_reward_scale = th.as_tensor(self.reward_scale(options), device=x_t.device).log()
             if options.temperature_rate is not None:
@@ -253,18 +233,28 @@ class Update:
         return t, noise, x_t, self.policy.actor.predict_noise(encoded_actor, x_t, t)
 
     def q_values_and_gradients(
-        self, encoded_critic: th.Tensor, x_0: th.Tensor, needs_gradients: bool
+        self, encoded_critic: th.Tensor, x_0: th.Tensor, options: UpdateOptions, needs_gradients: bool
     ) -> tuple[th.Tensor, th.Tensor | None]:
         """
         :param encoded_critic: the critics' encoding of B observations, shape (C, B, H)
         :param x_0: candidates, shape (B, K, A)
+        :param options: numbers and choices
         :param needs_gradients: whether to compute the gradients, too
         :return: Q, shape (B, K), and its gradient with respect to x_0, shape (B, K, A), or None
         """
+        policy, critics = self.policy, self.policy.critic.q_networks
+        outputs = critics.outputs_by_difference if rounds_products(policy, options) else critics.outputs
+
+        def q(x_0: th.Tensor) -> th.Tensor:
+            return policy.pessimistic(critics.values(outputs(encoded_critic, x_0)))
+
         if not needs_gradients:
-            return self.policy.q(encoded_critic, x_0), None
+            return q(x_0), None
+        if th.compiler.is_compiling():  # autograd.grad would break the graph, and compute the weights' gradients, too
+            gradients, q_values = th.func.grad(lambda x_0: (q(x_0).sum(), q(x_0)), has_aux=True)(x_0)
+            return q_values, gradients
         with th.enable_grad():
-            q_values = self.policy.q(encoded_critic, x_0.requires_grad_())
+            q_values = q(x_0.requires_grad_())
             (gradients,) = th.autograd.grad(q_values.sum(), x_0)
         return q_values.detach(), gradients
 
@@ -277,6 +267,15 @@ class Update:
         for (network, target), running, running_target in zip(self.averages, self.running, self.running_target, strict=True):
             polyak_update(network.parameters(), target.parameters(), tau)
             polyak_update(running, running_target, 1.0)
+
+
+def rounds_products(policy: DiffusionPolicy, options: UpdateOptions) -> bool:
+    """
+    :param policy: of the update
+    :param options: numbers and choices
+    :return: whether its matrix products may round their inputs: what is normalised keeps what it varies by
+    """
+    return options.mixed_precision and policy.batch_norm
 
 
 def concatenate(first: PyTorchObs, second: PyTorchObs) -> PyTorchObs:

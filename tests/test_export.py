@@ -25,13 +25,7 @@ from sb3_sdac.export import DeterministicActor, export_onnx
 
 ROOT = Path(__file__).parents[1]
 #: Betas that amplify rounding least, and noise with which random networks reach few corners of the box
-SMALL: dict[str, Any] = {
-    "policy_kwargs": {"net_arch": [16]},
-    "buffer_size": 10,
-    "n_sampling_steps": 2,
-    "beta_schedule": "vp",
-    "init_noise_scale": 0.05,
-}
+SMALL: dict[str, Any] = {"net_arch": [16], "n_sampling_steps": 2, "beta_schedule": "vp", "init_noise_scale": 0.05}
 #: Half widths 2 and 0.25
 ACTIONS = spaces.Box(np.array([-1, 0], dtype=np.float32), np.array([3, 0.5], dtype=np.float32))
 IMAGE = spaces.Box(0, 255, (36, 37, 3), np.uint8)
@@ -69,9 +63,14 @@ class SpacesEnv(gym.Env[Any, np.ndarray]):
         return self._observe(), 0.0, False, False, {}
 
 
-def make_model(observation_space: spaces.Space, normalize: dict[str, Any] | None = None, **kwargs: Any) -> SDAC:
+def make_model(
+    observation_space: spaces.Space,
+    normalize: dict[str, Any] | None = None,
+    action_space: spaces.Box = ACTIONS,
+    **policy_kwargs: Any,
+) -> Any:
     """A model with random networks and running statistics, its VecNormalize having seen some observations."""
-    env: VecEnv = DummyVecEnv([lambda: SpacesEnv(observation_space, kwargs.pop("action_space", ACTIONS))])
+    env: VecEnv = DummyVecEnv([lambda: SpacesEnv(observation_space, action_space)])
     if normalize is not None:
         env = VecNormalize(env, **normalize)
         env.reset()
@@ -81,7 +80,7 @@ def make_model(observation_space: spaces.Space, normalize: dict[str, Any] | None
     policy = "CnnPolicy" if observation_space is IMAGE else policy
     with th.random.fork_rng():
         th.manual_seed(0)
-        model = SDAC(policy, env, **{**SMALL, **kwargs})
+        model = SDAC(policy, env, buffer_size=10, policy_kwargs={**SMALL, **policy_kwargs})
         for name, buffer in model.policy.named_buffers():
             if "running_" in name:
                 # Thousands of features of images that are all off by one would drive every action into the same corner
@@ -90,6 +89,11 @@ def make_model(observation_space: spaces.Space, normalize: dict[str, Any] | None
             for parameter in model.actor_target.parameters():
                 parameter.data.add_(0.1 * th.randn_like(parameter))
     return model
+
+
+def for_env(env: Any, seed: int = 0) -> Any:
+    """A model with fresh networks."""
+    return SDAC("MlpPolicy", env, buffer_size=10, seed=seed, policy_kwargs=SMALL)
 
 
 def observations(space: spaces.Space, count: int = 50) -> Any:
@@ -134,12 +138,12 @@ def assert_same_actions(found: np.ndarray, expected: np.ndarray) -> None:
         (VECTOR, {"average_actor": True}),
         (VECTOR, {"average_actor": True, "batch_norm": False, "eta": 1.0, "n_sampling_steps": 20}),
         (VECTOR, {"n_particles": 1}),
-        (VECTOR, {"policy_kwargs": {"net_arch": [16], "activation_fn": nn.Mish, "share_features_extractor": True}}),
+        (VECTOR, {"activation_fn": nn.Mish, "share_features_extractor": True}),
         (spaces.Discrete(5), {}),
         (spaces.MultiDiscrete([3, 4]), {}),
         (spaces.MultiBinary(3), {}),
         (IMAGE, {}),
-        (IMAGE, {"average_actor": True, "policy_kwargs": {"net_arch": [16], "share_features_extractor": True}}),
+        (IMAGE, {"average_actor": True, "share_features_extractor": True}),
         (ALL_KINDS, {}),
         (ALL_KINDS, {"normalize": {"norm_obs_keys": ["second", "linear"]}}),
     ],
@@ -156,7 +160,7 @@ def test_module_is_predict(space: spaces.Space, kwargs: dict[str, Any]) -> None:
     ).abs().max() < 1e-3
     # The one with the highest Q of the candidates, which differ
     candidates, q_values = actor.candidates(as_tensors(obs))
-    assert candidates.shape == (50, model.n_particles, 2) and q_values.shape == (50, model.n_particles)
+    assert candidates.shape == (50, model.policy.n_particles, 2) and q_values.shape == (50, model.policy.n_particles)
     assert th.allclose(candidates[th.arange(50), q_values.argmax(1)], found, atol=1e-4)
 
 
@@ -170,6 +174,23 @@ def test_it_is_a_copy() -> None:
     for parameter in model.policy.parameters():
         parameter.data.mul_(2)
     assert (actor(as_tensors(obs)) == before).all() and (predict(model, obs) != own).any()
+
+
+def test_settings_of_a_live_model_are_exported() -> None:
+    """As acting has them at the time."""
+    model, obs = make_model(VECTOR), observations(VECTOR)
+    before = predict(model, obs)
+    for name, value in {
+        "n_particles": 7,
+        "eta": 1.0,
+        "n_sampling_steps": 4,
+        "init_noise_scale": 0.1,
+        "pessimism": 1.0,
+    }.items():
+        setattr(model.policy, name, value)
+    actor = DeterministicActor(model)
+    assert_same_actions(actor(as_tensors(obs)).numpy(), predict(model, obs))
+    assert actor.candidates(as_tensors(obs))[0].shape == (50, 7, 2) and (predict(model, obs) != before).any()
 
 
 def test_action_spaces_of_other_shapes_and_dtypes() -> None:
@@ -262,7 +283,7 @@ def test_onnx_file(tmp_path: Path) -> None:
                 "batch_norm": False,
                 "eta": 1.0,
                 "n_sampling_steps": 4,
-                "policy_kwargs": {"net_arch": [16], "activation_fn": nn.Mish},
+                "activation_fn": nn.Mish,
             },
         ),
     ],
@@ -303,7 +324,7 @@ def test_ant(normalize: bool, tmp_path: Path) -> None:
 def pendulum(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An exported policy for Pendulum-v1."""
     path = tmp_path_factory.mktemp("pendulum") / "pendulum.onnx"
-    export_onnx(SDAC("MlpPolicy", "Pendulum-v1", seed=0, **SMALL), path)
+    export_onnx(for_env("Pendulum-v1"), path)
     return path
 
 
@@ -317,7 +338,7 @@ print([name for name in sys.modules if name.partition(".")[0] in ("torch", "stab
     result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=pendulum.parent)
     returns, imported = result.stdout.splitlines()
     assert imported == "[]"
-    model, env, expected = SDAC("MlpPolicy", "Pendulum-v1", seed=0, **SMALL), gym.make("Pendulum-v1"), []
+    model, env, expected = for_env("Pendulum-v1"), gym.make("Pendulum-v1"), []
     for episode in range(10):
         obs, _ = env.reset(seed=episode)
         expected.append(0.0)
@@ -339,7 +360,7 @@ def test_example_takes_dict_observations() -> None:
 
 def test_a_wrong_result_is_not_written(pendulum: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph of another policy, as an exporter with a bug would make it."""
-    model = SDAC("MlpPolicy", "Pendulum-v1", seed=1, **SMALL)
+    model = for_env("Pendulum-v1", seed=1)
     monkeypatch.setattr(export, "_to_onnx", lambda actor: pendulum.read_bytes())
     path = tmp_path / "policy.onnx"
     path.write_bytes(b"before")
@@ -350,7 +371,7 @@ def test_a_wrong_result_is_not_written(pendulum: Path, tmp_path: Path, monkeypat
 
 def test_a_tie_is_no_error(pendulum: Path) -> None:
     """Either of two particles of the same value will do, but not one of a lower value, nor one that is none."""
-    model = SDAC("MlpPolicy", "Pendulum-v1", seed=0, **SMALL)
+    model = for_env("Pendulum-v1")
     actor = DeterministicActor(model)
     particles, q_values = actor.candidates(actor.sample_observations(64, seed=64))
     chosen, highest = particles[:, 0], q_values.amax(1, keepdim=True)
@@ -381,7 +402,7 @@ class Branching(FlattenExtractor):
 
 
 def test_an_extractor_that_cannot_be_exported(tmp_path: Path) -> None:
-    model = make_model(VECTOR, policy_kwargs={"net_arch": [16], "features_extractor_class": Branching})
+    model = make_model(VECTOR, features_extractor_class=Branching)
     path = tmp_path / "policy.onnx"
     path.write_bytes(b"before")
     with pytest.raises(ValueError, match="features extractor Branching"):
@@ -400,7 +421,7 @@ def test_a_failing_disk_leaves_the_file(pendulum: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(export, "_to_onnx", lambda actor: pendulum.read_bytes())
     monkeypatch.setattr(Path, "write_bytes", fail)
     with pytest.raises(OSError, match="No space"):
-        export_onnx(SDAC("MlpPolicy", "Pendulum-v1", seed=0, **SMALL), path)
+        export_onnx(for_env("Pendulum-v1"), path)
     assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
 
 
@@ -446,7 +467,7 @@ def test_statistics_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match=r"observations \['a'\], the policy takes \['obs'\]"):
         DeterministicActor(model, other)
     stacked = VecFrameStack(VecNormalize(DummyVecEnv([lambda: SpacesEnv(VECTOR)])), 2)
-    model = SDAC("MlpPolicy", stacked, **SMALL)
+    model = for_env(stacked)
     with pytest.raises(ValueError, match="train with it outermost"):
         DeterministicActor(model, model.get_vec_normalize_env())
 
@@ -464,7 +485,7 @@ def test_wrappers_outside_vec_normalize() -> None:
 
     normalize = VecNormalize(DummyVecEnv([lambda: SpacesEnv(VECTOR)]))
     obs = th.zeros(1, *VECTOR.shape)
-    model = SDAC("MlpPolicy", normalize, **SMALL)
+    model = for_env(normalize)
     expected = DeterministicActor(model)(obs)
     model.set_env(VecMonitor(normalize))
     th.testing.assert_close(DeterministicActor(model)(obs), expected)
@@ -483,7 +504,7 @@ def test_another_normalisation_is_refused() -> None:
 
     env = Logarithmic(make_vec_env("Pendulum-v1"))
     with pytest.raises(ValueError, match="Logarithmic normalises in a way of its own"):
-        DeterministicActor(SDAC("MlpPolicy", env, **SMALL))
+        DeterministicActor(for_env(env))
 
 
 @pytest.mark.parametrize(("low", "high"), [(50, 100), (-1e38, 1e38), (-np.inf, np.inf), (-1, 1)])
@@ -491,7 +512,7 @@ def test_observations_to_try_are_in_the_box_and_differ(low: float, high: float) 
     """Drawn without touching the random numbers of the environment."""
     env = make_vec_env("Pendulum-v1")
     env.observation_space = spaces.Box(low, high, (3,), np.float32, seed=0)
-    observation: Any = DeterministicActor(SDAC("MlpPolicy", env, **SMALL)).inputs[0]
+    observation: Any = DeterministicActor(for_env(env)).inputs[0]
     state = env.observation_space.np_random.bit_generator.state
     drawn = observation.sample(64, np.random.RandomState(0))
     assert len(drawn.unique(dim=0)) > 30 and (drawn >= low).all() and (drawn <= high).all()

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from helpers.models import make_model
 from matplotlib.collections import PathCollection, QuadMesh
 from matplotlib.figure import Figure
 from sb3_contrib import TQC, CrossQ
@@ -116,7 +117,7 @@ def test_landscape_is_what_the_algorithm_takes_for_q(algorithm: Any) -> None:
                 expected = q_values.mean(dim=2).min().item()
             elif algorithm is SDAC:
                 first, second = (value.item() for value in q_values)
-                assert model.pessimism == "auto" and model.critic.terminates == 0
+                assert model.policy.pessimism == "auto" and model.policy.seen_terminal == 0
                 expected = (first + second) / 2
             else:
                 expected = min(value.item() for value in q_values)
@@ -132,7 +133,7 @@ def test_landscape_is_a_slice_through_the_deterministic_action() -> None:
     scaled = th.tensor(model.policy.scale_action(action)[None])
     scaled[0, 1] = 0.0
     model.policy.set_training_mode(False)
-    expected = model.critic.pessimistic(th.cat(model.critic(th.tensor(OBS[None]), scaled))).item()
+    expected = model.policy.pessimistic(th.cat(model.critic(th.tensor(OBS[None]), scaled))).item()
     curve, at = lines(plot_q_landscape(model, OBS, dims=[1], resolution=3))
     np.testing.assert_allclose(curve[:, 0], [-1, 0.5, 2])
     np.testing.assert_allclose(curve[1, 1], expected, rtol=1e-5)
@@ -141,12 +142,12 @@ def test_landscape_is_a_slice_through_the_deterministic_action() -> None:
 
 @pytest.mark.parametrize("average_actor", [False, True])
 def test_denoising_ends_at_the_actor_samples(average_actor: bool) -> None:
-    model = SDAC("MlpPolicy", BoxEnv(), learning_starts=20, batch_size=16, average_actor=average_actor, **small()).learn(60)
+    model: Any = make_model(BoxEnv(), policy_kwargs={"average_actor": average_actor}).learn(30)
     actor = model.policy.actor_target if average_actor else model.policy.actor
     assert actor is not None
     th.manual_seed(5)
     with th.no_grad():
-        x_T, _ = actor.draw_noise(1, 7)
+        x_T, _ = actor.sampler.draw_noise(1, 7)
         x_0 = actor.sample(actor.encode(th.tensor(OBS[None])), x_T, None)
     th.manual_seed(5)
     figure = plot_denoising(model, OBS, n_particles=7)
@@ -154,7 +155,7 @@ def test_denoising_ends_at_the_actor_samples(average_actor: bool) -> None:
     for drawn, points in (start, x_T), (end, x_0):
         expected: Any = points[0].numpy() * [1, 1.5] + [0, 0.5]
         np.testing.assert_allclose(np.asarray(drawn.get_offsets()), expected, rtol=1e-5, atol=1e-6)
-    assert [len(path) for path in lines(figure)] == 7 * [model.n_sampling_steps + 1]
+    assert [len(path) for path in lines(figure)] == 7 * [model.policy.n_sampling_steps + 1]
     assert not actor.noise_predictor._forward_pre_hooks
 
 

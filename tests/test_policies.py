@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from helpers.models import TINY_POLICY, make_model, observations
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.policies import BaseModel
@@ -15,11 +16,11 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, Combine
 from stable_baselines3.common.utils import ConstantSchedule
 from torch import nn
 
-from sb3_sdac import SDAC, CnnPolicy, DiffusionPolicy, MultiInputPolicy
-from sb3_sdac.networks import MAX_FEATURE_NORM, EnsembleLinear, Mish
+from sb3_sdac import CnnPolicy, DiffusionPolicy, MultiInputPolicy
+from sb3_sdac.mish import Mish
+from sb3_sdac.networks import EnsembleLinear
 from sb3_sdac.policies import Actor, Critic
 
-SMALL: dict[str, Any] = {"net_arch": [16], "n_diffusion_steps": 5, "n_sampling_steps": 2, "n_particles": 2}
 OBSERVATIONS = spaces.Box(-1, 1, (3,), np.float32)
 ACTIONS = spaces.Box(-1, 1, (2,), np.float32)
 BOXES: dict[str, spaces.Box] = {
@@ -36,7 +37,7 @@ def make_policy(
     **kwargs: Any,
 ) -> DiffusionPolicy:
     th.manual_seed(0)
-    return policy_class(observation_space, action_space, ConstantSchedule(1e-3), **{**SMALL, **kwargs})
+    return policy_class(observation_space, action_space, ConstantSchedule(1e-3), **{**TINY_POLICY, **kwargs})
 
 
 def head(actor: Actor) -> nn.Linear:
@@ -50,10 +51,6 @@ def blank_policy(**kwargs: Any) -> DiffusionPolicy:
     policy = make_policy(**kwargs)
     nn.init.zeros_(head(policy.actor).weight)
     return policy
-
-
-def observations(batch_size: int = 7, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).uniform(-1, 1, (batch_size, 3)).astype(np.float32)
 
 
 class NoisyExtractor(BaseFeaturesExtractor):
@@ -105,7 +102,7 @@ def test_scaling_inverts_and_never_leaves_the_box(box: str) -> None:
 
 def test_predict_in_a_vec_env() -> None:
     env = make_vec_env("Pendulum-v1", n_envs=3)
-    model = SDAC("MlpPolicy", env, buffer_size=10, policy_kwargs={"net_arch": [16]})
+    model = make_model(env)
     obs = env.reset()
     assert isinstance(obs, np.ndarray)
     actions, _ = model.predict(obs)
@@ -154,13 +151,123 @@ def test_stochastic_varies(kwargs: dict[str, float]) -> None:
     assert len(np.unique(np.concatenate([first, second]), axis=0)) == 10
 
 
+# Observations that are not numbers, and none at all
+
+IMAGE = spaces.Box(0, 255, (3, 36, 36), np.uint8)
+KINDS: dict[str, tuple[type[DiffusionPolicy], spaces.Space]] = {
+    "box": (DiffusionPolicy, OBSERVATIONS),
+    "matrix": (DiffusionPolicy, spaces.Box(-1, 1, (2, 3), np.float32)),
+    "one number": (DiffusionPolicy, spaces.Box(-1, 1, (1,), np.float64)),
+    "image": (CnnPolicy, IMAGE),
+    "discrete": (DiffusionPolicy, spaces.Discrete(5)),
+    "several": (DiffusionPolicy, spaces.MultiDiscrete([3, 4])),
+    "bits": (DiffusionPolicy, spaces.MultiBinary(3)),
+    "dict": (
+        MultiInputPolicy,
+        spaces.Dict({"good": OBSERVATIONS, "bad": OBSERVATIONS, "image": IMAGE, "one": spaces.Discrete(3)}),
+    ),
+}
+
+
+def batch_of(space: spaces.Space, size: int) -> Any:
+    """Observations as a vectorised environment gives them."""
+    if isinstance(space, spaces.Dict):
+        return {key: batch_of(part, size) for key, part in space.items()}
+    sample = np.asarray(space.sample())
+    return np.stack([sample] * size) if size else np.zeros((0, *sample.shape), sample.dtype)
+
+
+def actors_of(policy: DiffusionPolicy) -> list[Any]:
+    """All that has ``predict``."""
+    return [policy, policy.actor] + ([] if policy.actor_target is None else [policy.actor_target])
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_observations_that_are_not_numbers(dtype: Any, value: float, deterministic: bool) -> None:
+    """In one of a batch, which is named, in a single one, in lists, and in the model, the policy and the actor alone."""
+    model = make_model(policy_kwargs={"average_actor": True})
+    obs = observations(5).astype(dtype)
+    obs[3, 1] = obs[1, 0] = value
+    for acting in [model, *actors_of(model.policy)]:
+        with pytest.raises(ValueError, match=rf"The observation \(number 1, 3 of 5\) given to predict.*not finite: .*{value}"):
+            acting.predict(obs, deterministic=deterministic)
+        for single in (obs[3], obs[3:4]):
+            with pytest.raises(ValueError, match=rf"The observation given to predict\(\) is not finite: .*{value}.*Mend"):
+                acting.predict(single, deterministic=deterministic)
+        acting.predict(obs[[0, 2, 4]], deterministic=deterministic)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_dict_observations_that_are_not_numbers(value: float) -> None:
+    policy_class, space = KINDS["dict"]
+    policy = make_policy(policy_class=policy_class, observation_space=space)
+    obs = batch_of(space, 4)
+    obs["bad"][2, 0] = value
+    for acting in actors_of(policy):
+        with pytest.raises(ValueError, match=rf"The observation 'bad' \(number 2 of 4\) given to predict.*{value}"):
+            acting.predict(obs)
+        with pytest.raises(ValueError, match=rf"The observation 'bad' given to predict.*{value}"):
+            acting.predict({key: part[2] for key, part in obs.items()})
+    obs["bad"][2, 0] = 0
+    assert policy.predict(obs)[0].shape == (4, 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [None, 1, 3], ids=["single", "one", "three"])
+def test_all_kinds_of_observations_pass(kind: str, size: int | None) -> None:
+    """Bytes, counts and single numbers are never taken for what they are not."""
+    policy_class, space = KINDS[kind]
+    policy = make_policy(policy_class=policy_class, observation_space=space)
+    obs: Any = space.sample() if size is None else batch_of(space, size)
+    for acting in actors_of(policy):
+        for deterministic in (True, False):
+            actions, _ = acting.predict(obs, deterministic=deterministic)
+            assert actions.shape == ((2,) if size is None else (size, 2))
+
+
+def test_result_of_reset_given_as_observation() -> None:
+    """SB3 says what is wrong, not NumPy."""
+    for acting in (model := make_model(), model.policy, model.actor):
+        with pytest.raises(ValueError, match=r"tuple.*Gym"):
+            acting.predict((observations(1)[0], {}))
+
+
+@pytest.mark.parametrize("box", BOXES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_empty_batches(kind: str, box: str) -> None:
+    """As many actions as observations, also if these are none: when no environment is left to act in."""
+    policy_class, space = KINDS[kind]
+    cases: list[dict[str, Any]] = [
+        {},
+        {"n_particles": 1},
+        {"n_train_particles": 3, "batch_norm": False, "average_actor": True},
+    ]
+    for kwargs in cases:
+        policy = make_policy(BOXES[box], policy_class, space, **kwargs)
+        for acting in actors_of(policy):
+            for deterministic in (True, False):
+                actions, state = acting.predict(batch_of(space, 0), deterministic=deterministic)
+                assert actions.shape == (0, *BOXES[box].shape) and actions.dtype == BOXES[box].dtype and state is None
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"eta": 1.0}, {"n_bins": 1}, {"share_features_extractor": True}, {"n_critics": 1}], ids=str
+)
+def test_empty_batches_of_other_policies(kwargs: dict[str, Any]) -> None:
+    model = make_model(policy_kwargs=kwargs)
+    for deterministic in (True, False):
+        assert model.predict(np.zeros((0, 3), "f"), deterministic=deterministic)[0].shape == (0, 1)
+
+
 # Best of N
 
 
 @pytest.mark.parametrize("pessimism", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_best_of_n_has_the_highest_q(deterministic: bool, pessimism: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    policy = make_policy(n_particles=5, n_target_particles=4, n_critics=3, exploration_noise=0.0, pessimism=pessimism)
+    policy = make_policy(n_particles=5, n_train_particles=4, n_critics=3, exploration_noise=0.0, pessimism=pessimism)
     drawn = []
     original = policy.actor.sample
 
@@ -188,19 +295,12 @@ def test_one_particle_needs_no_critic(deterministic: bool, monkeypatch: pytest.M
         raise RuntimeError("the critic was called")
 
     monkeypatch.setattr(Critic, "encode", called)
-    one, several = make_policy(n_particles=1, n_target_particles=2), make_policy(n_particles=2, n_target_particles=1)
+    one, several = make_policy(n_particles=1, n_train_particles=2), make_policy(n_particles=2, n_train_particles=1)
     if not deterministic:
         one, several = several, one
     one.predict(observations(), deterministic=deterministic)
     with pytest.raises(RuntimeError, match="the critic was called"):
         several.predict(observations(), deterministic=deterministic)
-
-
-def test_number_of_particles_is_the_actors() -> None:
-    policy = make_policy(n_particles=3)
-    assert policy.n_particles == policy.actor.n_particles == policy.actor.fixed_x_T.shape[1] == 3
-    with pytest.raises(AttributeError, match="n_particles"):  # the fixed noise would not follow
-        policy.n_particles = 5  # type: ignore[misc]
 
 
 def test_actor_forward_is_one_particle() -> None:
@@ -256,8 +356,8 @@ def test_set_training_mode_leaves_targets_in_evaluation() -> None:
     for mode, change in ((True, policy.set_training_mode), (False, policy.train), (True, policy.train)):
         change(mode)
         assert policy.actor.training == policy.critic.training == policy.training == mode
-        targets = [*policy.actor_target.modules(), *policy.critic_target.modules()]
-        assert not any(module.training for module in targets)
+        networks = {*policy.actor_target.modules(), *policy.critic_target.modules()} - {*policy.actor.sampler.modules()}
+        assert not any(module.training for module in networks)  # the sampler is shared, and has no mode
     policy.predict(observations())
     assert not policy.actor.training and not policy.critic.training
 
@@ -269,19 +369,9 @@ def running_means(module: nn.Module) -> list[th.Tensor]:
 @pytest.mark.parametrize("share", [False, True])
 def test_dropout_and_batch_norm(share: bool) -> None:
     """Acting neither uses nor changes the statistics of training; training does, and the targets get them."""
-    policy_kwargs = {"net_arch": [16], "features_extractor_class": NoisyExtractor, "share_features_extractor": share}
-    model = SDAC(
-        "MlpPolicy",
-        make_vec_env("Pendulum-v1"),
-        buffer_size=50,
-        learning_starts=20,
-        batch_size=8,
-        gradient_steps=0,
-        average_actor=True,
-        batch_norm=False,
-        seed=0,
-        policy_kwargs=policy_kwargs,
-    )
+    policy_kwargs = {"features_extractor_class": NoisyExtractor, "share_features_extractor": share}
+    policy_kwargs |= {"average_actor": True, "batch_norm": False}
+    model = make_model(learning_starts=20, gradient_steps=0, policy_kwargs=policy_kwargs)
     initial = {name: value.clone() for name, value in model.policy.state_dict().items()}
     first, _ = model.predict(observations(), deterministic=True)
     model.learn(30)  # 10 steps with actions of the policy, no update
@@ -318,7 +408,7 @@ OTHER_THAN_DEFAULT: dict[str, Any] = {
     "init_noise_scale": 0.7,
     "beta_schedule": "cosine",
     "n_particles": 3,
-    "n_target_particles": 2,
+    "n_train_particles": 2,
     "exploration_noise": 0.2,
     "scale_noise_by_ent_coef": True,
     "average_actor": True,
@@ -378,7 +468,7 @@ def test_actor_alone_saves_loads_and_predicts(tmp_path: Path) -> None:
     expected, _ = actor.predict(observations(), deterministic=True)
     np.testing.assert_array_equal(loaded.predict(observations(), deterministic=True)[0], expected)
     assert loaded.predict(observations()[0])[0].shape == (2,)
-    assert loaded.n_particles == 3
+    assert loaded.sampler.n_particles == 3
 
 
 # Networks and optimizers
@@ -491,18 +581,6 @@ def test_activation(given: type[nn.Module] | None, used: type[nn.Module], tmp_pa
     assert loaded.activation_fn is (given or nn.SiLU) and type(activations(loaded)[0]) is used
 
 
-def test_mish_is_mish() -> None:
-    """Value and gradient, also where exp(x) or its square overflow."""
-    x = th.cat([th.linspace(-30, 30, 2001), th.tensor([-200.0, -90.0, 45.0, 88.0, 89.0, 1e4])])
-    results = []
-    for function, argument in ((Mish(), x.clone()), (nn.Mish(), x.double())):
-        argument.requires_grad_()
-        value = function(argument)
-        (gradient,) = th.autograd.grad(value.sum(), argument)
-        results.append((value.detach().double(), gradient.double()))
-    th.testing.assert_close(results[0], results[1], rtol=1e-6, atol=3e-6)
-
-
 @pytest.mark.parametrize(
     "policy_class, space, extractor",
     [
@@ -532,36 +610,6 @@ def test_images_are_normalised_on_demand() -> None:
             obs = th.as_tensor(image[None])
             expected = actor.noise_predictor.encode(actor.features_extractor(obs.float() / (255 if normalise else 1)))
             th.testing.assert_close(actor.encode(obs), expected)
-
-
-@pytest.mark.parametrize("batch_norm", [True, False])
-def test_the_norm_of_the_features_is_limited(batch_norm: bool) -> None:
-    """
-    Training mode learns mean and variance, evaluation mode applies them and changes nothing.
-
-    A large feature has what the norm leaves to it, one with a standard deviation of 1 keeps it, a constant becomes 0;
-    untrained, all pass as they come.
-    """
-    actor = make_policy(batch_norm=batch_norm).actor
-    first = actor.noise_predictor.first
-    standard = th.randn(256, 3, generator=th.Generator().manual_seed(0))
-    standard = (standard - standard.mean(dim=0)) / standard.std(dim=0)
-    obs = th.tensor([0.0, 1.0, 50.0]) * standard + 5
-
-    def by_hand(features: th.Tensor) -> th.Tensor:
-        return features @ first.weight[:, :3].T + first.bias
-
-    actor.set_training_mode(False)
-    th.testing.assert_close(actor.encode(obs), by_hand(obs))
-    actor.set_training_mode(True)
-    for _ in range(1500):  # 0.99^1500 is 3e-7
-        actor.encode(obs)
-    actor.set_training_mode(False)
-    before = {name: value.clone() for name, value in actor.state_dict().items()}
-    # The constant counts as a hundredth of the mean standard deviation, and hardly
-    limited = th.tensor([0.0, 1.0, (MAX_FEATURE_NORM**2 - 1) ** 0.5]) * standard
-    th.testing.assert_close(actor.encode(obs), by_hand(limited if batch_norm else obs), atol=1e-3, rtol=1e-4)
-    assert all(th.equal(value, before[name]) for name, value in actor.state_dict().items())
 
 
 def test_shared_extractor_learns_from_the_actor_only() -> None:

@@ -1,5 +1,6 @@
 """What is saved comes back: predictions, parameters, optimizers, temperature, replay buffer; and learning goes on."""
 
+import copy
 import io
 import json
 import subprocess
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from helpers.models import make_model, observations
 from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import FakeImageEnv, SimpleMultiObsEnv
@@ -20,29 +22,10 @@ from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_sdac import SDAC, CnnPolicy, DiffusionPolicy, MlpPolicy, MultiInputPolicy
+from sb3_sdac import DPMD, SDAC, CnnPolicy, DiffusionPolicy, MlpPolicy, MultiInputPolicy
 from sb3_sdac.policies import Actor
 
-SMALL: dict[str, Any] = {
-    "n_diffusion_steps": 5,
-    "n_sampling_steps": 2,
-    "n_particles": 2,
-    "n_reverse_samples": 8,
-    "batch_size": 8,
-    "buffer_size": 100,
-    "learning_starts": 10,
-    "seed": 0,
-}
 ENT_COEFS: list[float | str] = [0.3, "auto", "auto_0.1", "paper"]
-
-
-def make_model(env: Any = "Pendulum-v1", policy: str = "MlpPolicy", **kwargs: Any) -> SDAC:
-    policy_kwargs = {"net_arch": [16], **kwargs.pop("policy_kwargs", {})}
-    return SDAC(policy, env, policy_kwargs=policy_kwargs, **{**SMALL, **kwargs})
-
-
-def pendulum_observations(n: int = 20) -> np.ndarray:
-    return np.random.default_rng(0).uniform(-1, 1, (n, 3)).astype(np.float32)
 
 
 def assert_same(first: Any, second: Any, name: str = "") -> None:
@@ -78,13 +61,16 @@ def assert_same_actions(first: Any, second: Any, observation: Any) -> None:
 @pytest.mark.parametrize("average_actor", [True, False])
 @pytest.mark.parametrize("ent_coef", ENT_COEFS)
 def test_everything_is_restored(ent_coef: float | str, average_actor: bool, tmp_path: Path) -> None:
-    model = make_model(ent_coef=ent_coef, average_actor=average_actor, scale_noise_by_ent_coef=True).learn(24)
+    model = make_model(
+        ent_coef=ent_coef, policy_kwargs={"average_actor": average_actor, "scale_noise_by_ent_coef": True}
+    ).learn(24)
     model.save(tmp_path / "model")
     loaded = SDAC.load(tmp_path / "model.zip", env=model.get_env())
 
     assert_same(loaded.get_parameters(), model.get_parameters())
-    assert set(loaded.get_parameters()) == {"policy", "actor.optimizer", "critic.optimizer", "ent_coef_optimizer"}
-    for name in ["actor.optimizer", "critic.optimizer"] + ["ent_coef_optimizer"] * (ent_coef == "paper"):
+    optimizers = {"actor.optimizer", "critic.optimizer", "temperature.optimizer"}
+    assert set(loaded.get_parameters()) == {"policy", "update.reward_statistics", *optimizers}
+    for name in optimizers - ({"temperature.optimizer"} if ent_coef != "paper" else set()):
         assert loaded.get_parameters()[name]["state"], f"the state of {name} is empty"
     assert_same(loaded.ent_coef_tensor, model.ent_coef_tensor)
     assert loaded.ent_coef == ent_coef
@@ -93,7 +79,7 @@ def test_everything_is_restored(ent_coef: float | str, average_actor: bool, tmp_
         assert getattr(model, name) != 0 or name == "_episode_num", name
     assert loaded.actor is loaded.policy.actor and loaded.critic_target is loaded.policy.critic_target
     assert (loaded.actor_target is not None) == average_actor
-    assert_same_actions(model, loaded, pendulum_observations())
+    assert_same_actions(model, loaded, observations(20))
 
     before = loaded.get_parameters()["policy"]["actor.noise_predictor.first.weight"].clone()
     loaded.learn(20, reset_num_timesteps=False)
@@ -103,8 +89,7 @@ def test_everything_is_restored(ent_coef: float | str, average_actor: bool, tmp_
     for model_part in (loaded.actor, loaded.critic):
         stepped = {id(parameter) for group in model_part.optimizer.param_groups for parameter in group["params"]}
         assert stepped == {id(parameter) for parameter in model_part.parameters()}
-    if loaded.ent_coef_optimizer is not None:
-        assert loaded.ent_coef_optimizer.param_groups[0]["params"][0] is loaded.policy.log_ent_coef
+    assert loaded.temperature.optimizer.param_groups[0]["params"][0] is loaded.policy.log_ent_coef
 
 
 @pytest.mark.parametrize("ent_coef", ["auto", "paper"])
@@ -122,12 +107,16 @@ def test_training_goes_on_as_if_never_interrupted(ent_coef: str, tmp_path: Path)
     assert_same(loaded.get_parameters(), model.get_parameters())
 
 
-def test_mirror_descent_statistics_are_restored(tmp_path: Path) -> None:
-    model = make_model(score_matching="mirror_descent", ent_coef=1.0).learn(24)
-    assert model.q_running_std != 1
-    model.save(tmp_path / "model.zip")
-    loaded = SDAC.load(tmp_path / "model.zip")
-    assert_same([loaded.q_running_mean, loaded.q_running_std], [model.q_running_mean, model.q_running_std])
+def test_statistics_are_restored(tmp_path: Path) -> None:
+    """Those of the rewards, and DPMD's of Q."""
+    for algorithm in (SDAC, DPMD):
+        model = make_model(algorithm=algorithm).learn(24)
+        model.save(tmp_path / "model.zip")
+        updates = [model.update, algorithm.load(tmp_path / "model.zip").update]
+        for name in ["reward_statistics"] + ["q_statistics"] * (algorithm is DPMD):
+            saved, loaded = (getattr(update, name).state_dict() for update in updates)
+            assert_same(loaded, saved)
+            assert all(value not in (0, 1) for value in saved.values())
 
 
 LOAD_AND_PREDICT = """
@@ -142,15 +131,18 @@ for folder in sys.argv[1:]:
 
 
 def test_same_actions_in_a_new_process(tmp_path: Path) -> None:
-    kwargs: dict[str, Any] = {"default": {}, "paper": {"eta": 1.0, "average_actor": True, "ent_coef": "paper"}}
-    models = {tmp_path / name: make_model(**kwargs[name], policy_kwargs={"net_arch": [64, 64]}).learn(24) for name in kwargs}
+    kinds: dict[str, Any] = {"default": {}, "paper": {"eta": 1.0, "average_actor": True, "scale_noise_by_ent_coef": True}}
+    models = {
+        tmp_path / name: make_model(ent_coef="paper", policy_kwargs={"net_arch": [64, 64], **kinds[name]}).learn(24)
+        for name in kinds
+    }
     for folder, model in models.items():
         folder.mkdir()
         model.save(folder / "model.zip")
-        np.save(folder / "obs.npy", pendulum_observations())
+        np.save(folder / "obs.npy", observations(20))
     subprocess.run([sys.executable, "-c", LOAD_AND_PREDICT, *map(str, models)], check=True)
     for folder, model in models.items():
-        actions, _ = model.predict(pendulum_observations(), deterministic=True)
+        actions, _ = model.predict(observations(20), deterministic=True)
         np.testing.assert_array_equal(np.load(folder / "actions.npy"), actions)
 
 
@@ -172,7 +164,7 @@ def test_where_to_save(target: str, tmp_path: Path) -> None:
         model.save(path)
         assert (tmp_path / "model.zip").is_file()
         loaded = SDAC.load(path)
-    assert_same_actions(model, loaded, pendulum_observations())
+    assert_same_actions(model, loaded, observations(20))
 
 
 @pytest.mark.parametrize(
@@ -182,7 +174,7 @@ def test_where_to_save(target: str, tmp_path: Path) -> None:
         {"learning_rate": lambda progress: 1e-3 * progress},
         {"train_freq": (2, "step"), "action_noise": NormalActionNoise(np.zeros(1), np.ones(1))},
         {"policy_kwargs": {"share_features_extractor": True, "n_critics": 3, "net_arch": {"pi": [8], "qf": [9]}}},
-        {"beta_schedule": "cosine", "eta": 0.5, "n_target_particles": 1, "actor_lr_decay": (1e-5, 2, 4)},
+        {"policy_kwargs": {"beta_schedule": "cosine", "eta": 0.5, "n_train_particles": 3}, "actor_lr_decay": (1e-5, 2, 4)},
     ],
     ids=["schedules", "function", "noise", "policy", "diffusion"],
 )
@@ -193,10 +185,10 @@ def test_arguments_survive(kwargs: dict[str, Any], tmp_path: Path) -> None:
     assert repr(loaded.train_freq) == repr(model.train_freq)
     assert repr(loaded.action_noise) == repr(model.action_noise)
     assert loaded.lr_schedule(0.3) == model.lr_schedule(0.3)
-    for name in ("beta_schedule", "eta", "n_target_particles", "policy_kwargs"):
-        assert getattr(loaded, name) == getattr(model, name), name
+    assert loaded.policy_kwargs == model.policy_kwargs
+    assert loaded.policy.live_arguments() == model.policy.live_arguments()
     assert tuple(loaded.actor_lr_decay or ()) == (model.actor_lr_decay or ())  # JSON knows no tuples
-    assert_same_actions(model, loaded, pendulum_observations())
+    assert_same_actions(model, loaded, observations(20))
     assert_same(loaded.get_parameters(), model.get_parameters())
     logged = [each.learn(14, log_interval=10_000).logger.name_to_value for each in (model, loaded)]
     for name in ("train/learning_rate", "train/qf_learning_rate", "train/n_updates"):
@@ -224,6 +216,41 @@ def test_policy_and_actor_alone(policy: str, cls: type[DiffusionPolicy], env: An
     assert_same_actions(model.actor, Actor.load(str(tmp_path / "actor.pth")), observation)
 
 
+class OwnPolicy(DiffusionPolicy):
+    """As SB3's guide to custom policies has them: the arguments by name unseen, one of them its own."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **{**kwargs, "exploration_noise": 0.3})
+
+
+def test_policy_of_ones_own(tmp_path: Path) -> None:
+    """Only what was set on it is written into its arguments."""
+    model = SDAC(OwnPolicy, "Pendulum-v1", buffer_size=10, policy_kwargs={"net_arch": [8]}, device="cpu")
+    model.save(tmp_path / "model.zip")
+    loaded = SDAC.load(tmp_path / "model.zip")
+    assert type(loaded.policy) is OwnPolicy and loaded.policy_kwargs == {"net_arch": [8]}
+    assert loaded.policy.exploration_noise == 0.3
+    loaded.policy.n_particles = 7
+    loaded.save(tmp_path / "again.zip")
+    again = SDAC.load(tmp_path / "again.zip")
+    assert again.policy_kwargs == {"net_arch": [8], "n_particles": 7} and again.policy.exploration_noise == 0.3
+    assert_same_actions(loaded, again, observations(20))
+
+
+def test_settings_of_a_policy_alone(tmp_path: Path) -> None:
+    """What was set on it is in its own file, too, and in the actor's."""
+    policy = make_model(policy_kwargs={"average_actor": True}).policy
+    policy.n_particles, policy.eta, policy.pessimism, policy.exploration_noise = 5, 0.7, 0.4, 0.9
+    policy.save(str(tmp_path / "policy.pth"))
+    assert_same_actions(policy, loaded := DiffusionPolicy.load(str(tmp_path / "policy.pth")), observations(20))
+    assert loaded.live_arguments() == policy.live_arguments()
+    policy.actor.save(str(tmp_path / "actor.pth"))
+    assert_same_actions(policy.actor, Actor.load(str(tmp_path / "actor.pth")), observations(20))
+    assert_same_actions(policy, copy.deepcopy(policy), observations(20))
+    policy.n_particles = 6
+    assert loaded.n_particles == 5
+
+
 # Parameters
 
 
@@ -232,7 +259,7 @@ def test_set_parameters_exact_match() -> None:
     parameters: dict[str, Any] = other.get_parameters()
     model.set_parameters(parameters, exact_match=True)
     assert_same(model.get_parameters(), parameters)
-    assert_same_actions(model, other, pendulum_observations())
+    assert_same_actions(model, other, observations(20))
 
     del parameters["critic.optimizer"]
     with pytest.raises(ValueError, match="do not match"):
@@ -265,30 +292,28 @@ def test_exclude_and_include(tmp_path: Path) -> None:
 def test_load_with_other_arguments(ent_coef: float | str, tmp_path: Path) -> None:
     model = make_model(ent_coef=ent_coef).learn(14)
     model.save(tmp_path / "model.zip")
-    loaded = SDAC.load(tmp_path / "model.zip", env=model.get_env(), n_particles=7, ent_coef=0.25, n_sampling_steps=3)
-    assert (loaded.n_particles, loaded.policy.n_particles) == (7, 7)
-    assert loaded.actor.fixed_x_T.shape == (1, 7, 1)
-    assert loaded.actor.diffusion.n_sampling_steps == 3
+    loaded = SDAC.load(tmp_path / "model.zip", env=model.get_env(), ent_coef=0.25, n_reverse_samples=9)
+    assert loaded.n_reverse_samples == 9
     assert loaded.ent_coef_tensor == pytest.approx(0.25)
     loaded.learn(14)
     assert loaded.ent_coef_tensor == pytest.approx(0.25)
-    assert loaded.predict(pendulum_observations())[0].shape == (20, 1)
+    assert loaded.predict(observations(20))[0].shape == (20, 1)
 
 
 def test_load_with_another_discount_factor(tmp_path: Path) -> None:
     """The values that the critics can give are in their weights, so a larger one may not fit: that is said."""
     env = make_vec_env("Pendulum-v1")
-    make_model(env, n_bins=11, gamma=0.9).save(tmp_path / "model")
+    make_model(env, policy_kwargs={"n_bins": 11}, gamma=0.9).save(tmp_path / "model")
     with pytest.warns(UserWarning, match=r"values up to 20 .*gamma=0.99 .*values up to 200\. Train a new"):
         SDAC.load(tmp_path / "model", gamma=0.99)
     SDAC.load(tmp_path / "model", gamma=0.8)
-    make_model(env, n_bins=1, gamma=0.9).save(tmp_path / "model")
+    make_model(env, policy_kwargs={"n_bins": 1}, gamma=0.9).save(tmp_path / "model")
     SDAC.load(tmp_path / "model", gamma=0.99)
 
 
 def test_what_is_in_the_file(tmp_path: Path) -> None:
     """Networks are stored once, as parameters; neither they nor transitions are pickled among the other attributes."""
-    model = make_model(average_actor=True).learn(14)
+    model = make_model(policy_kwargs={"average_actor": True}).learn(14)
     model.save(tmp_path / "model.zip")
     with zipfile.ZipFile(tmp_path / "model.zip") as archive:
         data = json.loads(archive.read("data"))
@@ -296,16 +321,17 @@ def test_what_is_in_the_file(tmp_path: Path) -> None:
         name for name, value in vars(model).items() if isinstance(value, (th.nn.Module, th.Tensor, th.optim.Optimizer))
     }
     assert {"policy", "actor", "actor_target", "critic"} <= attributes
-    assert not set(data) & {*attributes, "env", "replay_buffer", "batch_norm_stats", "batch_norm_stats_target"}
-    assert data["n_particles"] == 2
+    assert not set(data) & {*attributes, "env", "replay_buffer", "_is_live", "_metrics", "_run_update", "_mixed_precision"}
+    assert data["batch_size"] == 8
+    assert not set(data) & {"update", "temperature"}  # nor what holds them
 
 
 @pytest.mark.parametrize("batch_norm", [True, False])
 def test_a_bare_dictionary_of_numbers_loads(batch_norm: bool) -> None:
     """Without the versions that PyTorch keeps in a state dict, as after a way through another format."""
-    model, other = make_model(batch_norm=batch_norm, seed=0).learn(14), make_model(batch_norm=batch_norm, seed=1)
+    model, other = (make_model(policy_kwargs={"batch_norm": batch_norm}, seed=seed).learn(14) for seed in (0, 1))
     other.policy.load_state_dict({name: value.clone() for name, value in model.policy.state_dict().items()})
-    expected, found = (m.predict(pendulum_observations(), deterministic=True)[0] for m in (model, other))
+    expected, found = (m.predict(observations(20), deterministic=True)[0] for m in (model, other))
     np.testing.assert_array_equal(found, expected)
 
 
@@ -344,7 +370,7 @@ def test_load_without_env(n_envs: int, n_steps: int, tmp_path: Path, monkeypatch
         loaded = SDAC.load(tmp_path / "model.zip")
     assert sum(allocated) <= n_envs, "no room for transitions is needed to act"
     assert vars(loaded)["replay_buffer"] is None and loaded.buffer_size == 60
-    assert_same_actions(model, loaded, pendulum_observations())
+    assert_same_actions(model, loaded, observations(20))
     # What was loaded for acting can be saved again
     loaded.save(tmp_path / "again.zip")
     assert SDAC.load(tmp_path / "again.zip").buffer_size == 60
@@ -400,7 +426,7 @@ def test_load_on_a_device_that_is_not_there(device: str | th.device, tmp_path: P
     with pytest.warns(UserWarning, match=f"'{device}'.*not there.*cpu"):
         loaded = SDAC.load(tmp_path / "model.zip", device=device)
     assert loaded.device == loaded.actor.device == th.device("cpu")
-    assert_same_actions(model, loaded, pendulum_observations())
+    assert_same_actions(model, loaded, observations(20))
 
 
 def test_spaces_of_the_file_are_kept(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""What several test files share: tiny models, environments with a fault, stand-ins."""

@@ -1,0 +1,54 @@
+"""The norm of the actor's features: limited by statistics that training moves and acting leaves alone."""
+
+import pytest
+import torch as th
+from helpers.models import make_model
+
+from sb3_sdac.normalisation import MAX_FEATURE_NORM, NormLimit
+
+
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_the_norm_of_the_features_is_limited(batch_norm: bool) -> None:
+    """
+    Training mode learns mean and variance, evaluation mode applies them and changes nothing.
+
+    A large feature has what the norm leaves to it, one with a standard deviation of 1 keeps it, a constant becomes 0;
+    untrained, all pass as they come.
+    """
+    actor = make_model(policy_kwargs={"batch_norm": batch_norm}).actor
+    first = actor.noise_predictor.first
+    standard = th.randn(256, 3, generator=th.Generator().manual_seed(0))
+    standard = (standard - standard.mean(dim=0)) / standard.std(dim=0)
+    obs = th.tensor([0.0, 1.0, 50.0]) * standard + 5
+
+    def by_hand(features: th.Tensor) -> th.Tensor:
+        return features @ first.weight[:, :3].T + first.bias
+
+    actor.set_training_mode(False)
+    th.testing.assert_close(actor.encode(obs), by_hand(obs))
+    actor.set_training_mode(True)
+    for _ in range(1500):  # 0.99^1500 is 3e-7
+        actor.encode(obs)
+    actor.set_training_mode(False)
+    before = {name: value.clone() for name, value in actor.state_dict().items()}
+    # The constant counts as a hundredth of the mean standard deviation, and hardly
+    limited = th.tensor([0.0, 1.0, (MAX_FEATURE_NORM**2 - 1) ** 0.5]) * standard
+    th.testing.assert_close(actor.encode(obs), by_hand(limited if batch_norm else obs), atol=1e-3, rtol=1e-4)
+    assert all(th.equal(value, before[name]) for name, value in actor.state_dict().items())
+
+
+def test_one_observation_moves_nothing() -> None:
+    """It has no variance, with which the statistics would become NaN."""
+    norm = NormLimit(3).train()
+    features = th.tensor([[1.0, 2.0, 3.0]])
+    assert th.equal(norm(features), features)
+    assert norm(th.zeros(0, 3)).shape == (0, 3)
+    assert th.equal(norm.running_mean, th.zeros(3)) and th.isfinite(norm.running_scale).all()
+
+
+def test_nothing_is_learned_and_nothing_has_a_gradient_but_the_features() -> None:
+    norm = NormLimit(2).train()
+    features = th.randn(5, 2, requires_grad=True)
+    norm(features).sum().backward()
+    assert not list(norm.parameters()) and features.grad is not None
+    assert not any(value.requires_grad for value in norm.buffers())
