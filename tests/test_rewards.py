@@ -8,12 +8,14 @@ import gymnasium as gym
 import pytest
 import torch as th
 from helpers.models import make_model
-from helpers.update_helpers import B, batch, changed, encoded, fill, make_update, options, snapshot, state
+from helpers.update_helpers import B, batch, changed, fill, make_update, options, score_matching_loss, snapshot, state
+from stable_baselines3.common.type_aliases import PyTorchObs
 
 from sb3_sdac import SDAC
 from sb3_sdac import score_matching as sm
+from sb3_sdac.options import UpdateOptions
 from sb3_sdac.rewards import MAX_SCALE, RewardStatistics, largest_value
-from sb3_sdac.update import Update, UpdateOptions
+from sb3_sdac.update import Update
 
 
 def test_scaled_rewards() -> None:
@@ -100,7 +102,7 @@ class ExactTemperature(Update):
     temperature: th.Tensor | None = None
 
     def score_matching_loss(
-        self, encoded_actor: th.Tensor, encoded_critic: th.Tensor, actions: th.Tensor, options: UpdateOptions
+        self, encoded_actor: th.Tensor, obs: PyTorchObs, actions: th.Tensor, options: UpdateOptions
     ) -> tuple[th.Tensor, th.Tensor]:
         assert options.temperature_rate is not None
         target, (propose, draw) = sm.SCORE_TARGETS[options.score_matching], sm.PROPOSALS[options.proposal]
@@ -109,7 +111,8 @@ class ExactTemperature(Update):
         with th.no_grad():
             random_numbers = draw((len(actions), options.n_reverse_samples, actions.shape[1]))
             x_0, noise = propose(diffusion, x_t, t, random_numbers)
-            q_values, gradients = self.q_values_and_gradients(encoded_critic, x_0, target.needs_gradients)
+            encoded_critic = self.encode_critic(obs)
+            q_values, gradients = self.q_values_and_gradients(encoded_critic, x_0, options, target.needs_gradients)
             solution = sm.solve_temperature(q_values, options.target_ess * options.n_reverse_samples)
             solution = solution / self.reward_scale(options)
             old = solution if self.temperature is None else self.temperature
@@ -146,17 +149,15 @@ def test_unit_of_the_rewards_enters_nowhere() -> None:
     assert many.update.reward_statistics.scale() == one.update.reward_statistics.scale() / 128
 
 
-def test_data_temperature_is_free_of_the_reward_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_temperature_is_free_of_the_reward_scale() -> None:
     """Q times c gives the same weights and a coefficient times c."""
     results = []
     for scale in (1.0, 100.0):
         update, data = make_update(), batch()
-        original = update.policy.q
-        monkeypatch.setattr(update.policy, "q", lambda e, a, scale=scale, f=original: scale * f(e, a))
-        th.manual_seed(0)
-        loss, ess = update.score_matching_loss(
-            *encoded(update, data.next_observations), th.zeros(B, 1), options(temperature_rate=1.0)
-        )
+        *_, weight, bias = update.policy.critic.q_networks.parameters()
+        weight.data.mul_(scale)
+        bias.data.mul_(scale)
+        loss, ess = score_matching_loss(update, data, options(temperature_rate=1.0))
         results.append((update.policy.log_ent_coef.exp().item(), loss.item(), ess.item()))
     assert results[1][0] == pytest.approx(100 * results[0][0], rel=1e-4)
     assert results[1][1:] == pytest.approx(results[0][1:], rel=1e-3)

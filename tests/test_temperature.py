@@ -39,7 +39,9 @@ def test_kinds(ent_coef: float | str, parsed: tuple[str, float | None], start: f
     assert value(make_temperature(ent_coef)) == pytest.approx(start)
 
 
-@pytest.mark.parametrize("ent_coef", [0, -1, True, None, "auto_", "auto_0", "auto_nan", "paper_-1", "paper_inf", "manual_1", ""])
+@pytest.mark.parametrize(
+    "ent_coef", [0, -1, True, None, "auto_", "auto_0", "auto_nan", "paper_-1", "paper_inf", "manual_1", ""]
+)
 def test_no_kinds(ent_coef: Any) -> None:
     assert not is_ent_coef(ent_coef)
 
@@ -65,7 +67,7 @@ def test_share_of_the_data() -> None:
 
 @pytest.mark.parametrize("rate", [1.0, 0.05])
 def test_data_temperature_hits_its_target(rate: float) -> None:
-    """The effective sample size is the one asked for if all of the solution is taken over; else its logarithm approaches it."""
+    """The effective sample size is the one asked for if all of the solution is taken over; else it comes closer."""
     solved = make_update()
     _, ess = score_matching_loss(solved, batch(), options(target_ess=0.5, temperature_rate=1.0))
     assert ess.item() == pytest.approx(4.0, rel=1e-3)

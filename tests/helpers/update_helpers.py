@@ -1,17 +1,20 @@
 """What the tests of updates share: policies without an algorithm, transitions made by hand, models with something to learn."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch import nn
 
+from sb3_sdac.options import UpdateOptions
 from sb3_sdac.policies import DiffusionPolicy
-from sb3_sdac.update import Update, UpdateOptions
+from sb3_sdac.update import Update
 
 B, OBS_DIM = 8, 3
 OPTIONS = UpdateOptions(
@@ -85,15 +88,6 @@ def batch(
     return ReplayBufferSamples(observations, actions, next_observations, dones, rewards, discounts)
 
 
-def encoded(update: Update, observations: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-    """
-    :param update: of a policy
-    :param observations: B
-    :return: the actor's encoding, with its gradient, and the critics', without
-    """
-    return update.policy.actor.encode(observations), update.policy.critic.encode(observations).detach()
-
-
 def score_matching_loss(update: Update, data: ReplayBufferSamples, chosen: UpdateOptions) -> tuple[th.Tensor, th.Tensor]:
     """
     :param update: of a policy
@@ -102,7 +96,23 @@ def score_matching_loss(update: Update, data: ReplayBufferSamples, chosen: Updat
     :return: the actor's loss at their actions, and the effective sample size, with random numbers that are always the same
     """
     th.manual_seed(0)
-    return update.score_matching_loss(*encoded(update, data.observations), data.actions, chosen)
+    encoded = update.policy.actor.encode(data.observations)
+    return update.score_matching_loss(encoded, data.observations, data.actions, chosen)
+
+
+def give_q(monkeypatch: pytest.MonkeyPatch, update: Update, q: Callable[[th.Tensor], th.Tensor]) -> None:
+    """
+    Both critics say the same.
+
+    :param monkeypatch: takes it back
+    :param update: of a policy whose critics give plain values
+    :param q: from actions, shape (B, K, A), to values, shape (B, K)
+    """
+
+    def outputs(encoded: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        return q(actions).unsqueeze(-1).expand(2, -1, -1, -1)  # (B, K) -> (C, B, K, 1)
+
+    monkeypatch.setattr(update.policy.critic.q_networks, "outputs", outputs)
 
 
 def fill(model: Any, n_transitions: int = 50, reward_factor: float = 1.0) -> Any:
