@@ -1,18 +1,19 @@
 """
-Training runs of a protocol: configurations x environments x seeds, through rl_zoo3, side by side, resumable.
+Train the runs of a protocol: configurations x environments x seeds, through rl_zoo3, side by side, resumable.
 
     python benchmarks/run.py benchmarks/short.yml                                    # everything that is not finished
     python benchmarks/run.py benchmarks/short.yml --only SDAC SAC --envs HalfCheetah-v5 --seeds 0 --minutes 110
     python benchmarks/run.py benchmarks/short.yml --ray auto                         # on a Ray cluster (docs/sweep.md)
 
-A run leaves one row per evaluation in ``<results>/<protocol>/<configuration>_<env>_<seed>.csv`` at once, and a checkpoint
-(:mod:`sb3_sdac.checkpoint`) in ``<work>`` every ``--checkpoint-minutes`` and when ``--minutes`` are over.
-Called again, it goes on from there: finished runs are left alone, rows after the checkpoint are made anew, and only
-the episodes under way at the interruption are lost. A run that fails is reported and tried once more at the end.
+While a run goes on, its folder ``<work>/<protocol>/<configuration>_<env>_<seed>`` holds a row per evaluation and a checkpoint
+(:mod:`sb3_sdac.checkpoint`), made every ``--checkpoint-minutes`` and when ``--minutes`` are over. A finished run moves its
+rows into ``<results>/<protocol>.csv``, the one file that ``report.py`` reads, and its folder goes.
+Called again, finished runs are left alone and the others go on from their checkpoints. Rows after the checkpoint are made
+anew, and only the episodes under way at the interruption are lost. A run that fails is reported and tried again at the end.
 On a cluster ``<results>`` and ``<work>`` must be on a file system that all machines share.
 
-Columns: configuration, config (hash of algorithm and hyperparameters), env, seed, env_steps, updates, wall_time (seconds of
-training, evaluations not counted, all pieces of the run added), returns (of each episode, separated by spaces).
+Columns: configuration, config (hash of algorithm and hyperparameters), commit (of the code that trained), env, seed,
+env_steps, updates, wall_time (seconds of training without evaluations, the run's pieces added), returns (of each episode).
 """
 
 import argparse
@@ -27,6 +28,7 @@ import os
 import re
 import shutil
 import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -38,32 +40,83 @@ from typing import Any
 
 import joblib
 import yaml
+from filelock import FileLock
 
 HERE = Path(__file__).parent
 #: To be raised when SDAC computes something else with the same arguments, if only by a constant such as MAX_GRADIENT_NOISE
 ALGORITHM_VERSION = 8
 NOT_BEGUN = "not begun"
-CHECKPOINT, COUNTERS = "checkpoint.zip", "counters.json"
-COLUMNS = ["configuration", "config", "env", "seed", "env_steps", "updates", "wall_time", "returns"]
+ROWS, CHECKPOINT, COUNTERS = "rows.csv", "checkpoint.zip", "counters.json"
+COLUMNS = ["configuration", "config", "commit", "env", "seed", "env_steps", "updates", "wall_time", "returns"]
+
+
+def defaults_of(function: Any) -> dict[str, Any]:
+    """:return: its arguments that have a default, with it"""
+    parameters = inspect.signature(function).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
+
+
+def with_defaults(algo: str, hyperparams: dict[str, Any]) -> dict[str, Any]:
+    """
+    :param algo: 'sdac' or 'dpmd'
+    :param hyperparams: what is given to it
+    :return: the same with every default of the algorithm's and, in ``policy_kwargs``, of the policy's constructor
+    """
+    import sb3_sdac
+
+    policy_kwargs = hyperparams.get("policy_kwargs") or {}
+    if isinstance(policy_kwargs, str):
+        import rl_zoo3.exp_manager  # with whose names rl_zoo3 evaluates it
+
+        policy_kwargs = eval(policy_kwargs, vars(rl_zoo3.exp_manager))
+    policy = sb3_sdac.SDAC.policy_aliases.get(str(hyperparams.get("policy")), sb3_sdac.DiffusionPolicy)
+    algorithms = [getattr(sb3_sdac, name) for name in ("SDAC", "DPMD")[: 1 + (algo == "dpmd")]]  # DPMD hands SDAC's on
+    config = {name: default for algorithm in algorithms for name, default in defaults_of(algorithm).items()}
+    return {**config, **hyperparams, "policy_kwargs": {**defaults_of(policy), **policy_kwargs}}
 
 
 def config_hash(algo: str, hyperparams: dict[str, Any]) -> str:
     """
-    Of what decides the outcome: rows of other hyperparameters, defaults or versions of ours are never mixed up. Giving a
-    default of SDAC's by name changes nothing.
+    Of what decides the outcome: a run never goes on from rows of other hyperparameters, defaults or versions of ours. Giving a
+    default by name changes nothing.
 
     :param algo: as rl_zoo3 names it
     :param hyperparams: what is given to it
     :return: ten hexadecimal digits
     """
-    from sb3_sdac import SDAC
-
     config = {"algo": algo, **hyperparams}
-    if algo == "sdac":
-        defaults = {name: parameter.default for name, parameter in inspect.signature(SDAC).parameters.items()}
-        config = {**defaults, **config, "version": ALGORITHM_VERSION}
-        del config["compile"]  # a matter of time, and of rounding
-    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:10]
+    if algo in ("sdac", "dpmd"):
+        config = {**with_defaults(algo, config), "version": ALGORITHM_VERSION}
+        config.pop("compile")  # a matter of time, and of rounding
+
+    def name(value: Any) -> str:  # a function's str() has its address
+        return f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else str(value)
+
+    return hashlib.sha256(json.dumps(config, sort_keys=True, default=name).encode()).hexdigest()[:10]
+
+
+def current_commit() -> str:
+    """:return: of the code, with a plus sign if the package has changed since; outside a checkout the version"""
+    import sb3_sdac
+
+    git = ["git", "-C", str(Path(sb3_sdac.__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "--short=7", "HEAD"], capture_output=True, text=True, check=True).stdout
+        changed = subprocess.run([*git, "status", "--porcelain", "."], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return f"version {sb3_sdac.__version__}"
+    return commit.strip() + ("+" if changed else "")
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """
+    :param path: a CSV file
+    :return: its rows; none if there is no such file
+    """
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def write_rows(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> None:
@@ -85,18 +138,24 @@ def write_rows(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> No
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: what is trained, and where its rows and its checkpoint lie."""
+    """
+    One training run: what is trained, and where its rows and its checkpoint lie.
+
+    :param results: the protocol's table, which takes the rows of finished runs
+    :param work: the run's own folder while it goes on
+    """
 
     configuration: str
     algo: str
     hyperparams: dict[str, Any]
+    commit: str
     env: str
     seed: int
     n_timesteps: int
     eval_freq: int
     eval_episodes: int
     results: Path
-    checkpoint: Path
+    work: Path
 
     @property
     def name(self) -> str:
@@ -106,17 +165,21 @@ class Run:
     def config_hash(self) -> str:
         return config_hash(self.algo, self.hyperparams)
 
+    def is_own(self, row: dict[str, str]) -> bool:
+        """:return: whether a row of the table is of this configuration, environment and seed"""
+        return (row["configuration"], row["env"], row["seed"]) == (self.configuration, self.env, str(self.seed))
+
     def read_rows(self) -> list[dict[str, str]]:
         """
-        :return: the rows so far
-        :raises ValueError: if they come from other hyperparameters, or evaluations of another number of episodes
+        :return: the rows so far: those in the table if the run is finished, otherwise those in its folder
+        :raises ValueError: if those in its folder come from other hyperparameters, or other evaluations
         """
-        if not self.results.exists():
-            return []
-        with self.results.open(newline="") as file:
-            rows = list(csv.DictReader(file))
+        finished = [row for row in read_rows(self.results) if self.is_own(row)]
+        if finished:
+            return finished
+        rows = read_rows(self.work / ROWS)
         for row in rows:
-            self.check(self.results, row["config"], len(row["returns"].split()))
+            self.check(self.work / ROWS, row["config"], len(row["returns"].split()))
         return rows
 
     def check(self, path: Path, config: str, n_episodes: int) -> None:
@@ -130,24 +193,56 @@ class Run:
             raise ValueError(
                 f"{path} holds a run of other hyperparameters or evaluations (config {config} and {n_episodes} episodes, now "
                 f"{self.config_hash} and {self.eval_episodes}): give the configuration another name in the protocol, or "
-                f"remove {self.results} and {self.checkpoint}"
+                f"remove {self.work}"
             )
 
-    def is_finished(self) -> bool:
+    def check_table(self) -> None:
+        """
+        Seeds of one configuration must not be mixed.
+
+        :raises ValueError: if the table has rows of this configuration from other hyperparameters or evaluations
+        """
+        for row in read_rows(self.results):
+            if (row["configuration"], row["env"]) == (self.configuration, self.env):
+                found = (row["config"], len(row["returns"].split()))
+                if found != (self.config_hash, self.eval_episodes):
+                    raise ValueError(
+                        f"{self.name} would be mixed with rows of other hyperparameters, evaluations or defaults in "
+                        f"{self.results} (config {found[0]} and {found[1]} episodes of commit {row['commit']}, now "
+                        f"{self.config_hash} and {self.eval_episodes}): give the configuration another name in the protocol, "
+                        "take --results of your own, or remove those rows"
+                    )
+
+    def has_all_rows(self) -> bool:
         rows = self.read_rows()
         return bool(rows) and int(rows[-1]["env_steps"]) >= self.n_timesteps
+
+    def is_finished(self) -> bool:
+        """:return: whether its rows are in the table"""
+        return any(self.is_own(row) and int(row["env_steps"]) >= self.n_timesteps for row in read_rows(self.results))
+
+    def finish(self) -> None:
+        """Move the rows into the table, whoever else does so at that time, and remove the run's folder."""
+        rows = self.read_rows()
+        self.results.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.results.with_suffix(".lock")):
+            merged = [*rows, *(row for row in read_rows(self.results) if not self.is_own(row))]
+            merged.sort(key=lambda row: (row["configuration"], row["env"], int(row["seed"]), int(row["env_steps"])))
+            write_rows(self.results, COLUMNS, merged)
+        shutil.rmtree(self.work, ignore_errors=True)
 
 
 def read_protocol(path: Path, results: Path, work: Path) -> list[Run]:
     """
     :param path: a protocol, such as ``short.yml``
-    :param results: folder for the rows
-    :param work: folder for the checkpoints
+    :param results: folder for the tables of finished runs
+    :param work: folder for the runs that go on
     :return: all its runs, seed by seed, so that an early stop leaves whole comparisons
     """
     protocol = yaml.safe_load(path.read_text())
     protocol["n_timesteps"] = int(float(protocol["n_timesteps"]))  # 1e6 is a string to YAML
     runs: list[Run] = []
+    commit = current_commit()
     of_reference = {*protocol["seeds"], *protocol.get("reference_seeds", [])}
     for seed in sorted(of_reference):
         for env in protocol["envs"]:
@@ -166,17 +261,18 @@ def read_protocol(path: Path, results: Path, work: Path) -> list[Run]:
                         configuration=configuration,
                         algo=algo,
                         hyperparams=hyperparams,
+                        commit=commit,
                         env=env,
                         seed=seed,
                         n_timesteps=protocol["n_timesteps"],
                         eval_freq=protocol["eval_freq"],
                         eval_episodes=protocol["eval_episodes"],
-                        results=results / path.stem / f"{stem}.csv",
-                        checkpoint=work / path.stem / stem,
+                        results=results / f"{path.stem}.csv",
+                        work=work / path.stem / stem,
                     )
                 )
-                if runs[-1].results in [run.results for run in runs[:-1]]:
-                    raise SystemExit(f"{path}: {runs[-1].name} and another run have the same file {runs[-1].results.name}")
+                if runs[-1].work in [run.work for run in runs[:-1]]:
+                    raise SystemExit(f"{path}: {runs[-1].name} and another run have the same folder {runs[-1].work.name}")
     return runs
 
 
@@ -192,23 +288,23 @@ def make_or_load(run: Run, device: str) -> tuple[Any, Any, float]:
 
     from sb3_sdac.checkpoint import load_checkpoint
 
-    checkpoint, resumed = run.checkpoint / CHECKPOINT, None
+    checkpoint, resumed = run.work / CHECKPOINT, None
     if checkpoint.exists():
         # Saved just before; a kill between the two makes the wall time wrong by no more than one checkpoint's interval
-        resumed = json.loads((run.checkpoint / COUNTERS).read_text())
+        resumed = json.loads((run.work / COUNTERS).read_text())
         run.check(checkpoint, resumed["config"], resumed["eval_episodes"])
-    run.checkpoint.mkdir(parents=True, exist_ok=True)
+    run.work.mkdir(parents=True, exist_ok=True)
     hyperparams = dict(run.hyperparams)
     # As on rl_zoo3's command line; from its files it gives env_kwargs to the environments of training alone
     eval_env_kwargs = hyperparams.pop("eval_env_kwargs", hyperparams.get("env_kwargs"))
-    config = run.checkpoint / "config.yml"
+    config = run.work / "config.yml"
     config.write_text(yaml.safe_dump({run.env: hyperparams}))
     with contextlib.redirect_stdout(io.StringIO()):  # its own account of the hyperparameters
         manager = rl_zoo3.exp_manager.ExperimentManager(
             argparse.Namespace(),
             run.algo,
             run.env,
-            str(run.checkpoint / "zoo"),
+            str(run.work / "zoo"),
             config=str(config),
             seed=run.seed,
             eval_freq=-1,
@@ -258,7 +354,7 @@ def train(run: Run, deadline: float, checkpoint_seconds: float, device: str) -> 
     if time.time() >= deadline:
         return NOT_BEGUN
     parent = os.getppid()
-    checkpoint, counters = run.checkpoint / CHECKPOINT, run.checkpoint / COUNTERS
+    checkpoint, counters = run.work / CHECKPOINT, run.work / COUNTERS
     model, eval_env, wall_time = make_or_load(run, device)
     # Rows after the checkpoint are made anew
     rows: list[dict[str, Any]] = [row for row in run.read_rows() if int(row["env_steps"]) <= model.num_timesteps]
@@ -295,6 +391,7 @@ def train(run: Run, deadline: float, checkpoint_seconds: float, device: str) -> 
             row = {
                 "configuration": run.configuration,
                 "config": run.config_hash,
+                "commit": run.commit,
                 "env": run.env,
                 "seed": run.seed,
                 "env_steps": self.num_timesteps,
@@ -303,7 +400,7 @@ def train(run: Run, deadline: float, checkpoint_seconds: float, device: str) -> 
                 "returns": " ".join(f"{value:.2f}" for value in returns),  # type: ignore[union-attr]
             }
             rows.append(row)
-            write_rows(run.results, COLUMNS, rows)
+            write_rows(run.work / ROWS, COLUMNS, rows)
             mean = sum(returns) / len(returns)  # type: ignore[arg-type]
             print(f"{run.name}: {mean:.0f} at {self.num_timesteps} steps after {self.wall_time / 60:.0f} min", flush=True)
             self.resumed_at = time.time()
@@ -323,10 +420,10 @@ def train(run: Run, deadline: float, checkpoint_seconds: float, device: str) -> 
             model.learn(run.n_timesteps - model.num_timesteps, keeper, log_interval=None, reset_num_timesteps=False)
         if model.num_timesteps >= run.n_timesteps > evaluated_at():
             keeper.evaluate()
-        if not run.is_finished():
+        if not run.has_all_rows():
             keeper.save()
             return f"stopped at {model.num_timesteps} of {run.n_timesteps} steps, to be continued"
-    shutil.rmtree(run.checkpoint, ignore_errors=True)  # not before its monitor's file is closed
+    run.finish()  # not before its monitor's file is closed
     return "finished"
 
 
@@ -337,7 +434,10 @@ def attempt(run: Run, *args: Any) -> tuple[Run, str, bool]:
     :return: the run, what became of it, and whether it failed
     """
     try:
-        return run, "finished" if run.is_finished() else train(run, *args), False
+        if run.has_all_rows():  # it failed, or was killed, after its end
+            run.finish()
+            return run, "finished", False
+        return run, train(run, *args), False
     except Exception:
         return run, f"FAILED\n{traceback.format_exc()}", True
 
@@ -469,11 +569,12 @@ def main() -> int:
     parser.add_argument("--checkpoint-minutes", type=float, default=15)
     parser.add_argument("--device", default="cpu", help="cpu, or cuda to let the runs share a GPU")
     parser.add_argument("--ray", metavar="ADDRESS", help="run on the Ray cluster there ('auto', 'local' or host:port)")
-    parser.add_argument("--results", type=Path, default=HERE / "results")
-    parser.add_argument("--work", type=Path, default=HERE / "work", help="folder for checkpoints")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder for the tables of finished runs")
+    parser.add_argument("--work", type=Path, help="folder for runs that go on (default: benchmarks/work, or RESULTS/work)")
     args = parser.parse_args()
 
-    runs = read_protocol(args.protocol, args.results.absolute(), args.work.absolute())
+    work = args.work or (HERE if args.results == HERE / "results" else args.results) / "work"
+    runs = read_protocol(args.protocol, args.results.absolute(), work.absolute())
     for option, attribute in (("only", "configuration"), ("envs", "env"), ("seeds", "seed")):
         wanted, known = getattr(args, option), {getattr(run, attribute) for run in runs}
         if wanted is not None and not set(wanted) <= known:
@@ -481,8 +582,16 @@ def main() -> int:
         runs = [run for run in runs if wanted is None or getattr(run, attribute) in wanted]
     check_algorithms(runs)
     todo = [run for run in runs if not run.is_finished()]
+    try:
+        for run in todo:
+            run.check_table()
+        begin, done_before = time.time(), progress(runs)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
     print(f"{len(runs) - len(todo)} of {len(runs)} runs are finished")
-    begin, done_before = time.time(), progress(runs)
+    other = [run.name for run in runs if run not in todo and run.read_rows()[-1]["config"] != run.config_hash]
+    if other:
+        print(f"of other hyperparameters or defaults than today's, and left as they are: {'; '.join(other)}")
     arguments = (begin + 60 * args.minutes, 60 * args.checkpoint_minutes, args.device)
     gpus = connect_to_ray(args.ray, args.jobs, args.device) if args.ray is not None else 0.0
 

@@ -12,15 +12,21 @@ with 5 environments and one update per step of all five. The first update's time
 of its own, which makes a model and one update: with ``compile=True`` once without and once with what the compiler keeps
 on disk. Where there are more than three cores, half of them run these processes side by side.
 
-Writes ``benchmarks/results/speed_<env>_<device>.json`` and its Markdown table beside it, or with ``--sweep``
-``sweep_<env>_<device>.png``: update time against N, K, T, sampling steps, batch size, action dimension, and time per step
-against the number of environments, with the floor that the matrix products' arithmetic sets at the rate of a single large one.
+Writes ``benchmarks/results/speed_<env>_<device>.json``, or with ``--sweep`` ``sweep_<env>_<device>.json``: update time against
+particles, candidates, steps, batch size, action dimension, and time per step against the number of environments, with the
+floor that the matrix products' arithmetic sets at the rate of a single large one.
+
+    python benchmarks/speed.py --into docs/speed.md    # measures nothing: tables and pictures from all these files
+
+puts each table between the lines ``<!-- speed_<env>_<device> -->`` and ``<!-- /speed_<env>_<device> -->`` of the page, and the
+pictures of the sweeps into the folder ``images`` beside it.
 """
 
 import argparse
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -65,10 +71,20 @@ FIGURES = {
     "predict_64": "`predict`, 64 observations",
     "learn": "`learn`, environment steps per second",
 }
+LABELS = {
+    "n_train_particles": "particles per action of the update, n_train_particles",
+    "n_reverse_samples": "candidates, n_reverse_samples",
+    "n_sampling_steps": "denoising steps, n_sampling_steps",
+    "n_diffusion_steps": "diffusion steps, n_diffusion_steps",
+    "batch_size": "batch size",
+    "action_dim": "dimensions of the action",
+    "n_envs": "environments, one update per step of all",
+}
+OF_THE_POLICY = ("n_train_particles", "n_sampling_steps", "n_diffusion_steps")
 MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
-#: Argument of SDAC -> its values; the others keep their defaults
+#: Argument of SDAC or of its policy -> its values; the others keep their defaults
 SWEEPS: dict[str, list[int]] = {
-    "n_target_particles": [1, 2, 4, 8, 16, 32],
+    "n_train_particles": [1, 2, 4, 8, 16, 32],
     "n_reverse_samples": [4, 8, 16, 32, 64],  # target_ess must exceed 1 / K
     "n_sampling_steps": [1, 5, 10, 15, 20],
     "n_diffusion_steps": [5, 20, 50, 100],
@@ -211,39 +227,72 @@ def table(results: dict[str, dict[str, list[float]]], first: dict[str, dict[str,
     return "\n".join(lines)
 
 
-def sweep(env_id: str, device: str, turns: int, path: Path) -> None:
+def sweep(env_id: str, device: str, turns: int) -> dict[str, Any]:
     """
-    Draw how the time of an update grows, beside what its matrix products would take at a large one's rate in float32.
+    Measure how the time of an update grows, and what its matrix products would take at a large one's rate in float32.
 
     :param env_id: environment whose dimensions to use
     :param device: for the networks
-    :param turns: how often each point is measured; the picture shows medians
-    :param path: of the picture
+    :param turns: how often each point is measured; medians are kept
+    :return: the rate in GFLOP/s, and for each argument its values with the milliseconds of both
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     left, right = th.randn(4096, 256, device=device), th.randn(256, 256, device=device)
     rate = 2 * left.numel() * 256 / min(seconds(lambda: left @ right, 20, device) for _ in range(10))
-    figure, axes = plt.subplots(2, (len(SWEEPS) + 1) // 2, figsize=(13, 6), squeeze=False)
-    for ax, (argument, values) in zip(axes.flat, SWEEPS.items(), strict=False):
-        points = [sweep_point(argument, value, env_id, device, turns, rate) for value in values]
-        times, floors = zip(*points, strict=True)
-        ax.plot(values, times, "o-", label="measured")
-        ax.plot(values, floors, "s--", label=f"arithmetic at {rate / 1e9:.0f} GFLOP/s")
-        ax.set(xlabel=argument, ylim=(0, None))
-        ax.set_ylabel("ms per step of all environments" if argument == "n_envs" else "ms per update")
-    axes.flat[0].legend()
-    axes.flat[-1].set_visible(len(SWEEPS) % 2 == 0)
-    figure.tight_layout()
-    figure.savefig(path, dpi=60)
+    points: dict[str, Any] = {}
+    for argument, values in SWEEPS.items():
+        measured, floors = zip(*(sweep_point(argument, value, env_id, device, turns, rate) for value in values), strict=True)
+        points[argument] = {"values": values, "measured": measured, "arithmetic": floors}
+    return {"GFLOP/s": rate / 1e9, "milliseconds": points}
+
+
+def draw_sweep(swept: dict[str, Any], path: Path) -> None:
+    """
+    :param swept: what :func:`sweep` says, and the setting
+    :param path: of the picture
+    """
+    from matplotlib.figure import Figure
+
+    points = swept["milliseconds"]
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    axes = figure.subplots(2, (len(points) + 1) // 2, squeeze=False)
+    for ax, (argument, line) in zip(axes.flat, points.items(), strict=False):
+        ax.plot(line["values"], line["measured"], "o-", label="measured")
+        floor = f"its matrix products at {swept['GFLOP/s']:.0f} GFLOP/s (float32)"
+        ax.plot(line["values"], line["arithmetic"], "s--", label=floor)
+        ax.set_xlabel(LABELS[argument], fontsize=9)
+        ax.set_ylabel("ms per step of all environments" if argument == "n_envs" else "ms per update", fontsize=9)
+        ax.set_ylim(bottom=0)
+        ax.grid(alpha=0.3)
+    for ax in axes.flat[len(points) :]:
+        ax.set_axis_off()
+    axes.flat[-1].legend(*axes.flat[0].get_legend_handles_labels(), loc="center", frameon=False)
+    setting = swept["setting"]
+    where = f"{setting['env']}, {setting['machine']}, 1 thread"
+    figure.suptitle(f"Cost of an update of SDAC ({where}); one argument changed at a time")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=80)
+
+
+def renew(folder: Path, page: Path) -> None:
+    """
+    :param folder: of the files
+    :param page: takes a table of each, and their pictures into the folder ``images`` beside it
+    """
+    from pages import insert  # beside this script; --help does without
+
+    for path in sorted(folder.glob("speed_*.json")):
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        made_by = f"Made by\n`{kept['setting']['command']}`."
+        insert(f"{made_by}\n\n{table(kept['seconds'], kept['first_update'])}\n", path.stem, page)
+    for path in sorted(folder.glob("sweep_*.json")):
+        draw_sweep(json.loads(path.read_text(encoding="utf-8")), page.parent / "images" / f"{path.stem}.png")
 
 
 def sweep_point(argument: str, value: int, env_id: str, device: str, turns: int, rate: float) -> tuple[float, float]:
     """:return: milliseconds of an update (with ``n_envs``: and a step), measured, and of its arithmetic at this rate"""
-    own = {} if argument in ("batch_size", "action_dim", "n_envs") else {argument: value}
+    own: dict[str, Any] = {} if argument in ("batch_size", "action_dim", "n_envs") else {argument: value}
+    if argument in OF_THE_POLICY:
+        own = {"policy_kwargs": own}
     batch_size = value if argument == "batch_size" else 256
     work: Callable[[], Any]
     env: Any = AnySize(value) if argument == "action_dim" else env_id
@@ -253,7 +302,7 @@ def sweep_point(argument: str, value: int, env_id: str, device: str, turns: int,
         n_updates = 2 * model.policy_delay
         work = partial(model.learn, n_updates * value, log_interval=10_000, reset_num_timesteps=False)
     else:
-        model = SDAC("MlpPolicy", env, buffer_size=2000, seed=0, device=device, **own)  # type: ignore[arg-type]
+        model = SDAC("MlpPolicy", env, buffer_size=2000, seed=0, device=device, **own)
         fill(model)
         n_updates = 2 * model.policy_delay
         work = partial(model.train, n_updates, batch_size)
@@ -267,34 +316,14 @@ def sweep_point(argument: str, value: int, env_id: str, device: str, turns: int,
     return measured, floor
 
 
-def main() -> None:
-    """Measure, print, save."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--env", default="HalfCheetah-v5")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--threads", type=int, default=1, help="of PyTorch")
-    parser.add_argument("--only", nargs="+", choices=list(ALGORITHMS), default=list(ALGORITHMS), help="algorithms; SAC always")
-    parser.add_argument("--turns", type=int, default=5, help="how often each algorithm has its turn")
-    parser.add_argument("--updates", type=int, default=20, help="updates per turn (the paper's configuration makes a tenth)")
-    parser.add_argument("--sweep", action="store_true", help="how the cost of SDAC grows, as a picture")
-    arguments = parser.parse_args()
-    th.set_num_threads(arguments.threads)
-    for name in set(ALGORITHMS) - {"SAC", *arguments.only}:
-        del ALGORITHMS[name]
-    folder = Path(__file__).parent / "results"
-    folder.mkdir(exist_ok=True)
-    if arguments.sweep:
-        sweep(arguments.env, arguments.device, arguments.turns, folder / f"sweep_{arguments.env}_{arguments.device}.png")
-        return
-    parallel = joblib.Parallel(n_jobs=max((os.cpu_count() or 1) // 2, 1), prefer="threads")
-    own = (arguments.env, arguments.device, arguments.threads)
-    first = dict(
-        zip(ALGORITHMS, parallel(joblib.delayed(measure_first_update)(name, *own) for name in ALGORITHMS), strict=True)
-    )
-    results = measure(arguments.env, arguments.device, arguments.turns, arguments.updates)
+def describe(arguments: argparse.Namespace) -> dict[str, Any]:
+    """
+    :param arguments: of the command line
+    :return: where and of what the figures are
+    """
     spaces = gym.make(arguments.env)
     machine = th.cuda.get_device_name() if arguments.device == "cuda" else f"{os.cpu_count()} cores, {platform.machine()}"
-    setting = {
+    return {
         "env": arguments.env,
         "observation_dim": spaces.observation_space.shape,
         "action_dim": spaces.action_space.shape,
@@ -305,15 +334,43 @@ def main() -> None:
         "versions": {"sb3_sdac": sb3_sdac.__version__}
         | {name: version(name) for name in ("stable_baselines3", "sb3_contrib", "torch", "numpy")},
         "python": platform.python_version(),
-        "command": " ".join(["python benchmarks/speed.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "benchmarks/speed.py", *sys.argv[1:]]),
     }
+
+
+def main() -> None:
+    """Measure, print, save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--env", default="HalfCheetah-v5")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch")
+    parser.add_argument("--only", nargs="+", choices=list(ALGORITHMS), default=list(ALGORITHMS), help="algorithms; SAC always")
+    parser.add_argument("--turns", type=int, default=5, help="how often each algorithm has its turn")
+    parser.add_argument("--updates", type=int, default=20, help="updates per turn (the paper's configuration makes a tenth)")
+    parser.add_argument("--sweep", action="store_true", help="how the cost of SDAC grows")
+    parser.add_argument("--into", type=Path, metavar="PAGE", help="measure nothing, put what was measured into a page")
+    arguments = parser.parse_args()
+    th.set_num_threads(arguments.threads)
+    for name in set(ALGORITHMS) - {"SAC", *arguments.only}:
+        del ALGORITHMS[name]
+    folder = Path(__file__).parent / "results"
+    folder.mkdir(exist_ok=True)
+    if arguments.into is not None:
+        renew(folder, arguments.into)
+        return
+    measured: dict[str, Any] = {"setting": describe(arguments)}
+    if arguments.sweep:
+        measured |= sweep(arguments.env, arguments.device, arguments.turns)
+    else:
+        parallel = joblib.Parallel(n_jobs=max((os.cpu_count() or 1) // 2, 1), prefer="threads")
+        own = (arguments.env, arguments.device, arguments.threads)
+        firsts = parallel(joblib.delayed(measure_first_update)(name, *own) for name in ALGORITHMS)
+        measured["first_update"] = dict(zip(ALGORITHMS, firsts, strict=True))
+        measured["seconds"] = measure(arguments.env, arguments.device, arguments.turns, arguments.updates)
+        print(table(measured["seconds"], measured["first_update"]))
     threads = f"_{arguments.threads}_threads" if arguments.threads != 1 else ""
-    path = folder / f"speed_{arguments.env}_{arguments.device}{threads}.json"
-    path.with_suffix(".md").write_text(table(results, first) + "\n", encoding="utf-8")
-    path.write_text(
-        json.dumps({"setting": setting, "first_update": first, "seconds": results}, indent=1) + "\n", encoding="utf-8"
-    )
-    print(table(results, first))
+    path = folder / f"{'sweep' if arguments.sweep else 'speed'}_{arguments.env}_{arguments.device}{threads}.json"
+    path.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

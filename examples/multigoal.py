@@ -5,6 +5,7 @@ The multi-goal environment of soft Q-learning (Haarnoja et al. 2017, arXiv 1702.
 middle of the plane, four goals lie around it. Trains SDAC and SAC, lets both act stochastically and counts where episodes end.
 
     python examples/multigoal.py
+    python examples/multigoal.py --redraw --table benchmarks/results/multigoal.csv --picture docs/images/multigoal.png
 """
 
 import argparse
@@ -150,23 +151,79 @@ def make_row(name: str, seed: int, goals: list[int | None], mean_return: float) 
 
 def draw_picture(paths: dict[str, list[np.ndarray]], first_actions: dict[str, np.ndarray], path: Path) -> None:
     """
-    :param paths: of every episode, by algorithm; drawn over the distance to the nearest goal
+    :param paths: of every episode, by algorithm; coloured by the goal where it ended, over the distance to the nearest goal
     :param first_actions: actions at the origin, by algorithm, shape (n, 2)
     :param path: where to save the picture
     """
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Rectangle
 
-    figure = Figure(figsize=(2.8 * len(paths), 5.8), layout="constrained")
+    colours = ["tab:blue", "tab:orange", "tab:green", "tab:purple", "black"]  # the last for no goal
+    figure = Figure(figsize=(3.3 * len(paths) + 0.9, 7.6), layout="constrained")
+    axes = figure.subplots(2, len(paths), squeeze=False)
     x, y = np.meshgrid(*2 * [np.linspace(-7, 7, 141)])
     distance = np.linalg.norm(GOALS[:, :, None, None] - [x, y], axis=1).min(axis=0)
-    for (name, episodes), (upper, lower) in zip(paths.items(), figure.subplots(2, len(paths), squeeze=False).T, strict=True):
-        upper.contourf(x, y, -distance, levels=12, cmap="Greys_r", alpha=0.6)
+    for (name, episodes), (upper, lower) in zip(paths.items(), axes.T, strict=True):
+        shade = upper.contourf(x, y, distance, levels=12, cmap="Greys", alpha=0.5)
         for episode in episodes:
-            upper.plot(*episode.T, linewidth=0.6, alpha=0.6)
-        upper.plot(*GOALS.T, "r*", markersize=10)
-        upper.set(title=name, aspect="equal", xticks=[], yticks=[], xlim=(-7, 7), ylim=(-7, 7))
-        lower.hist2d(*first_actions[name].T, bins=40, range=[[-1, 1]] * 2, cmap="magma")
-        lower.set(aspect="equal", xticks=[-1, 0, 1], yticks=[-1, 0, 1], xlabel="actions at the origin")
+            ends = np.linalg.norm(GOALS - episode[-1], axis=1)
+            upper.plot(*episode.T, linewidth=0.6, alpha=0.6, color=colours[ends.argmin() if ends.min() < 1 else -1])
+        upper.plot(*GOALS.T, "r*", markersize=11)
+        upper.set(title=f"{name}\n{len(episodes)} episodes from the origin", aspect="equal", xlabel="position x")
+        upper.set(xticks=[-5, 0, 5], yticks=[-5, 0, 5], xlim=(-7, 7), ylim=(-7, 7))
+        *_, density = lower.hist2d(*first_actions[name].T, bins=40, range=[[-1, 1]] * 2, cmap="magma", density=True, vmin=0)
+        lower.add_patch(Rectangle((-1, -1), 2, 2, fill=False, edgecolor="tab:red", linestyle="--", linewidth=1.5))
+        lower.set(title=f"{len(first_actions[name]):,} actions at the origin", aspect="equal", xlabel="velocity x")
+        lower.set(xticks=[-1, 0, 1], yticks=[-1, 0, 1], xlim=(-1.1, 1.1), ylim=(-1.1, 1.1))
+        figure.colorbar(density, ax=lower, shrink=0.75, label="density" if lower is axes[1, -1] else "")
+    axes[0, 0].set_ylabel("position y")
+    axes[1, 0].set_ylabel("velocity y")
+    figure.colorbar(shade, ax=list(axes[0]), shrink=0.75, label="distance to the nearest goal")
+    handles = [Line2D([], [], color=colour) for colour in colours]
+    handles += [Line2D([], [], color="red", marker="*", linestyle="", markersize=11)]
+    handles += [Line2D([], [], color="tab:red", linestyle="--")]
+    names = [*(f"ends {name}" for name in GOAL_NAMES), "ends at no goal", "goal", "limits of the action"]
+    figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(path, dpi=80)
+
+
+def draw_goals(rows: list[dict[str, Any]], path: Path) -> None:
+    """
+    The environment, and for each algorithm and seed the share of the episodes that end at each goal.
+
+    :param rows: of the table
+    :param path: where to save the picture
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    algorithms = list(dict.fromkeys(row["algorithm"] for row in rows))
+    colours = ["tab:blue", "tab:orange", "tab:green", "tab:purple"]
+    figure = Figure(figsize=(4.4 + 2.6 * len(algorithms), 3.8), layout="constrained")
+    plane, *axes = figure.subplots(1, 1 + len(algorithms), width_ratios=[1.7, *[1] * len(algorithms)])
+    x, y = np.meshgrid(*2 * [np.linspace(-7, 7, 141)])
+    distance = np.linalg.norm(GOALS[:, :, None, None] - [x, y], axis=1).min(axis=0)
+    shade = plane.contourf(x, y, distance, levels=12, cmap="Greys", alpha=0.6)
+    for goal, colour, goal_name in zip(GOALS, colours, GOAL_NAMES, strict=True):
+        plane.plot(*goal, "*", color=colour, markersize=15)
+        plane.annotate(goal_name, (goal[0], goal[1] + 0.8), ha="center")
+    plane.plot(0, 0, "ko", markersize=5)
+    plane.add_patch(Rectangle((-1, -1), 2, 2, fill=False, edgecolor="tab:red", linestyle="--"))
+    plane.annotate("start, and the limits\nof one step's action", (0, -1.2), ha="center", va="top", fontsize=8)
+    plane.set(title="four goals, equally good", xlabel="position x", ylabel="position y", aspect="equal")
+    figure.colorbar(shade, ax=plane, shrink=0.9, label="distance to the nearest goal")
+    for axis, algorithm in zip(axes, algorithms, strict=True):
+        own = [row for row in rows if row["algorithm"] == algorithm]
+        seeds, below = [str(row["seed"]) for row in own], np.zeros(len(own))
+        for key, colour in zip([*GOAL_NAMES, "no_goal"], [*colours, "lightgrey"], strict=True):
+            share = np.array([float(row[key]) for row in own])
+            axis.bar(seeds, share, bottom=below, color=colour, label=key.replace("_", " "))
+            below += share
+        mean_return = np.mean([float(row["mean_return"]) for row in own])
+        axis.set(title=f"{algorithm}\nmean return {mean_return:.1f}, {len(own)} seeds", xlabel="seed", ylim=(0, 100))
+    axes[0].set_ylabel("episodes of 100 that end at each goal")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path, dpi=80)
 
 
@@ -175,10 +232,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="train with seeds 0 to this minus 1")
     parser.add_argument("--timesteps", type=int, default=10_000, help="environment steps, of which 5000 are random")
     parser.add_argument("--table", type=Path, default=Path("multigoal.csv"), help="where to save the table")
-    parser.add_argument("--picture", type=Path, default=Path("multigoal.png"), help="where to save the picture of seed 0")
+    parser.add_argument("--picture", type=Path, default=Path("multigoal.png"), help="where to save the picture of the table")
+    parser.add_argument("--paths", type=Path, default=Path("multigoal_paths.png"), help="and that of the episodes of seed 0")
+    parser.add_argument("--redraw", action="store_true", help="train nothing: draw the picture of the table that is there")
     arguments = parser.parse_args()
     th.set_num_threads(1)
 
+    if arguments.redraw:
+        with arguments.table.open(newline="", encoding="utf-8") as file:
+            draw_goals(list(csv.DictReader(file)), arguments.picture)
+        return
     rows: list[dict[str, Any]] = []
     pictured: dict[str, list[np.ndarray]] = {}
     first_actions: dict[str, np.ndarray] = {}
@@ -194,7 +257,8 @@ def main() -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    draw_picture(pictured, first_actions, arguments.picture)
+    draw_goals(rows, arguments.picture)
+    draw_picture(pictured, first_actions, arguments.paths)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch as th
 from torch import nn
 
@@ -184,16 +185,27 @@ def draw_picture(samples: dict[str, dict[str, th.Tensor]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     columns = len(next(iter(samples.values())))
-    figure = Figure(figsize=(2.1 * columns, 2.1 * len(samples)), layout="constrained")
+    figure = Figure(figsize=(2.3 * columns + 0.8, 2.3 * len(samples) + 0.5), layout="constrained")
     axes = figure.subplots(len(samples), columns, sharex=True, sharey=True, squeeze=False)
+    limits = [-HALF_BOX, HALF_BOX]  # the frame of each panel
     for axis, method in zip(axes[0], next(iter(samples.values())), strict=True):
         axis.set_title(method, fontsize=9)
     for row, (density, by_method) in zip(axes, samples.items(), strict=True):
-        row[0].set_ylabel(density)
-        for axis, x in zip(row, by_method.values(), strict=True):
-            axis.hist2d(*x.T.numpy(), bins=60, range=[[-HALF_BOX, HALF_BOX]] * 2, cmap="magma")
-            axis.set(aspect="equal", xticks=[], yticks=[])
-    figure.savefig(path, dpi=80)
+        row[0].set_ylabel(f"{density}\ny", fontsize=9)
+        counts = [np.histogram2d(x[:, 0].numpy(), x[:, 1].numpy(), bins=60, range=[limits] * 2)[0] for x in by_method.values()]
+        share = [100 * count / len(x) for count, x in zip(counts, by_method.values(), strict=True)]
+        top = float(np.quantile(np.stack(share), 0.999))  # the same colours in a row; single bins may be above
+        for axis, image in zip(row, share, strict=True):
+            shown = axis.imshow(
+                image.T, origin="lower", extent=(*limits, *limits), cmap="magma", vmin=0, vmax=top, interpolation="nearest"
+            )
+            axis.set(xticks=[-6, 0, 6], yticks=[-6, 0, 6])
+        figure.colorbar(shown, ax=list(row), extend="max", label="% of the samples per bin")
+    for axis in axes[-1]:
+        axis.set_xlabel("x", fontsize=9)
+    n = len(next(iter(next(iter(samples.values())).values())))
+    figure.suptitle(f"{n:,} samples of exp(Q), and of diffusions that learned from Q alone; the frame is the box", fontsize=10)
+    figure.savefig(path, dpi=72)
 
 
 def main() -> None:

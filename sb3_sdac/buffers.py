@@ -5,14 +5,18 @@ host to gather its batch.
 
 import copy
 import warnings
+from collections.abc import Callable
 from functools import reduce
 from itertools import count
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.save_util import open_path
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
@@ -309,6 +313,67 @@ def cut_off_episodes(buffer: ReplayBuffer) -> None:
         buffer.timeouts[newest][buffer.dones[newest] == 0] = 1
     elif buffer.optimize_memory_usage:
         buffer.dones[newest] = 1  # its next observation is overwritten by the first of the new episode
+
+
+def load_fitting(model: OffPolicyAlgorithm, path: Any, load: Callable[[Any], None]) -> None:
+    """
+    Load a replay buffer, and keep the one before if that fails or does not fit.
+
+    :param model: whose ``replay_buffer`` it becomes
+    :param path: the file, with or without ``.pkl``, or an open one
+    :param load: SB3's ``load_replay_buffer``, given an open file
+    :raises ValueError: if the file is damaged or none of a replay buffer, or of other spaces or another number of environments
+        than the model's; says what to do
+    """
+    before = model.replay_buffer
+    loaded: Any = None
+    # SB3 would leave a file that it cannot read open
+    file = open_path(path, "r", model.verbose, "pkl") if isinstance(path, (str, Path)) else path
+    try:
+        try:
+            load(file)
+            loaded = model.replay_buffer
+        except (OSError, Warning):
+            raise
+        except Exception as error:  # a damaged pickle speaks through any type
+            if model.env is None and isinstance(model.replay_buffer, HerReplayBuffer):
+                reason = "HerReplayBuffer needs the environment: call set_env(env) before"
+            else:
+                reason = f"it is damaged, or of something else ({error!r})"
+            raise ValueError(f"{path} cannot be loaded as a replay buffer: {reason}") from error
+        _check_fit(loaded, model, path)
+    except BaseException:
+        model.replay_buffer = before
+        raise
+    finally:
+        if file is not path:
+            file.close()
+    for what, has, wants in (
+        ("rows", loaded.buffer_size, getattr(before, "buffer_size", loaded.buffer_size)),
+        ("steps per return", getattr(loaded, "n_steps", 1), getattr(before or loaded, "n_steps", 1)),
+    ):
+        if has != wants:
+            warnings.warn(
+                f"The replay buffer in {path} has {has} {what}, the model's had {wants}: the model learns with the one loaded",
+                stacklevel=3,
+            )
+
+
+def _check_fit(buffer: ReplayBuffer, model: OffPolicyAlgorithm, path: Any) -> None:
+    """:raises ValueError: if ``model`` cannot learn from or add to ``buffer``"""
+    if buffer.n_envs != model.n_envs:
+        raise ValueError(
+            f"{path} is a replay buffer of {buffer.n_envs} environments, but the model has {model.n_envs}. Its rows are one "
+            f"transition of each environment: load the model with {buffer.n_envs} environments "
+            f"({type(model).__name__}.load(path, env=...)), or leave the buffer out and start with an empty one"
+        )
+    for name in ("observation", "action"):
+        has, wants = (getattr(owner, f"{name}_space") for owner in (buffer, model))
+        if has != wants:
+            raise ValueError(
+                f"{path} is a replay buffer of {name}s in {has}, but the model's are in {wants}: it is of another environment "
+                "or of other wrappers"
+            )
 
 
 def _draws_itself(buffer: ReplayBuffer, recency: float) -> bool:

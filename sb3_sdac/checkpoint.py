@@ -9,7 +9,6 @@ JSON), no pickles.
 
 import io
 import json
-import os
 import random
 import warnings
 import zipfile
@@ -26,6 +25,7 @@ from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_sdac.buffers import ARRAYS, DeviceReplayBuffer, cut_off_episodes
+from sb3_sdac.files import replaced_in_one_step
 from sb3_sdac.sdac import SDAC
 
 _VERSION = 4
@@ -39,21 +39,12 @@ def save_checkpoint(model: OffPolicyAlgorithm, path: str | Path) -> None:
     :param path: the file; what is there is replaced once the new one is complete
     :raises ValueError: if the algorithm has no replay buffer, as PPO, or one that holds something else than numbers (HER with
         ``copy_info_dict=True``)
+    :raises OSError: if the disk is full, for instance: names the file, which is as it was
     """
     _check_algorithm(type(model))
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".new")
-    try:
-        with temporary.open("wb") as file:
-            # Stored, not compressed: the file is as large as what the buffer holds, and written as fast as the disk allows
-            with zipfile.ZipFile(file, "w") as archive:
-                _write(model, archive)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # Stored, not compressed: the file is as large as what the buffer holds, and written as fast as the disk allows
+    with replaced_in_one_step(path) as file, zipfile.ZipFile(file, "w") as archive:
+        _write(model, archive)
 
 
 def _write(model: OffPolicyAlgorithm, archive: zipfile.ZipFile) -> None:

@@ -6,6 +6,8 @@ Nothing here knows what it speeds up, what it speeds up does not know of it, and
 """
 
 import gc
+import os
+import shutil
 import sys
 import threading
 import warnings
@@ -23,21 +25,28 @@ WARM_UP = 3
 MAX_GRAPHS = 32
 
 
+def has_compiler() -> bool:
+    """:return: whether there is a C++ compiler for ``torch.compile`` on a CPU"""
+    candidates = [os.environ.get("CXX"), "g++", "clang++", "c++", "cl"]
+    return any(candidate and shutil.which(candidate) for candidate in candidates)
+
+
 class Compiled:
     """
     ``torch.compile`` at the first call; where that fails (no C++ compiler) one warning, and the function as it is.
 
-    :param function: of tensors whose shapes hardly ever change, as each new one is compiled anew
+    :param function: of tensors whose shapes hardly ever change, as each new one is compiled anew. Its random numbers stay
+        those of PyTorch's generator
     """
 
-    def __init__(self, function: Callable[..., th.Tensor]):
+    def __init__(self, function: Callable[..., Any]):
         self.function = function
-        self._active: Callable[..., th.Tensor] | None = None
+        self._active: Callable[..., Any] | None = None
 
     def __reduce__(self) -> Any:
         return Compiled, (self.function,)
 
-    def __call__(self, *args: th.Tensor) -> th.Tensor:
+    def __call__(self, *args: Any) -> Any:
         """
         :param args: the function's
         :return: what it returns
@@ -45,13 +54,18 @@ class Compiled:
         if self._active is not None:
             return self._active(*args)
         try:
-            fast = th.compile(self.function, dynamic=False)  # not before: this alone imports for seconds
+            # Not before: this alone imports for seconds
+            fast = th.compile(self.function, dynamic=False, options={"fallback_random": True})
             result = fast(*args)
             self._active = fast
         except Exception as error:  # of many types; one of the function itself comes again in the next line
             result = self.function(*args)
             self._active = self.function
-            warnings.warn(f"compile=True: torch.compile fails here, the function runs as it is: {error!r}", stacklevel=2)
+            name = getattr(self.function, "__name__", type(self.function).__name__)
+            warnings.warn(
+                f"torch.compile fails here, so {name} runs as it is, and slower; compile=False does not try: {error!r}",
+                stacklevel=2,
+            )
         return result
 
 

@@ -28,6 +28,7 @@ from stable_baselines3.common.vec_env import (
 )
 from torch import nn
 
+from sb3_sdac.files import replaced_in_one_step
 from sb3_sdac.networks import EnsembleLinear
 from sb3_sdac.sdac import SDAC
 
@@ -278,6 +279,7 @@ def export_onnx(model: SDAC, path: str | Path, vec_normalize: VecNormalize | Non
     :param vec_normalize: see :class:`DeterministicActor`
     :raises ValueError: if the model is of another algorithm, its observations have no form in ONNX, PyTorch cannot export
         its features extractor, or the result differs from PyTorch by more than rounding; the file is left as it was
+    :raises OSError: if the disk is full, for instance: names the file, which is as it was
     :raises ImportError: if the packages of the extra ``export`` are missing
     """
     try:
@@ -293,14 +295,8 @@ def export_onnx(model: SDAC, path: str | Path, vec_normalize: VecNormalize | Non
     for batch_size in (1, 64):
         _compare(actor, session, batch_size)
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".new")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replaced_in_one_step(path) as file:
+        file.write(content)
 
 
 def _to_onnx(actor: DeterministicActor) -> bytes:

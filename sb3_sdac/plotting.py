@@ -31,12 +31,14 @@ from sb3_sdac.policies import DiffusionPolicy
 try:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError('matplotlib is not installed: pip install "sb3_sdac[plots]"', name=error.name) from error
 
 Obs = np.ndarray | dict[str, np.ndarray]
 #: Action dimensions that are drawn if none are named; a figure of all pairs of many would be too small to read
 MAX_DIMS = 5
+DETERMINISTIC = "deterministic action"
 
 
 def plot_action_density(model: BaseAlgorithm, obs: Obs, n_samples: int = 1000, dims: Sequence[int] | None = None) -> Figure:
@@ -63,15 +65,19 @@ def plot_action_density(model: BaseAlgorithm, obs: Obs, n_samples: int = 1000, d
 
     def draw_one(axes: Axes, i: int) -> None:
         axes.hist(actions[:, i], bins=50, range=(low[i], high[i]))
-        axes.axvline(centre[i], color="black", linestyle=":")
+        axes.axvline(centre[i], color="black", linestyle=":", label=DETERMINISTIC)
+        axes.set_xlim(low[i], high[i])
 
     def draw_two(axes: Axes, i: int, j: int) -> None:
         box = [[low[i], high[i]], [low[j], high[j]]]
         # Logarithmic, for a policy that is nearly sure fills few of the bins with most of its samples
-        axes.hist2d(actions[:, i], actions[:, j], bins=30, range=box, cmap="Blues", norm="log")
-        axes.plot(centre[i], centre[j], "kx", clip_on=False)
+        *_, mesh = axes.hist2d(actions[:, i], actions[:, j], bins=30, range=box, cmap="Blues", norm="log")
+        axes.plot(centre[i], centre[j], "kx", clip_on=False, label=DETERMINISTIC)
+        if len(dims) == 2:
+            axes.figure.colorbar(mesh, ax=axes, label="samples per bin")
 
-    return _corner(dims, draw_one, draw_two, "samples")
+    title = f"{n_samples:,} actions for one observation\n(the axes end at the limits of the action)"
+    return _corner(dims, draw_one, draw_two, "samples per bin", title)
 
 
 def plot_q_landscape(model: BaseAlgorithm, obs: Obs, dims: Sequence[int] | None = None, resolution: int = 41) -> Figure:
@@ -113,15 +119,18 @@ def plot_q_landscape(model: BaseAlgorithm, obs: Obs, dims: Sequence[int] | None 
 
     def draw_one(axes: Axes, i: int) -> None:
         axes.plot(low[i] + (grid + 1) / 2 * (high[i] - low[i]), values(i))
-        axes.axvline(centre[i], color="black", linestyle=":")
+        axes.axvline(centre[i], color="black", linestyle=":", label=DETERMINISTIC)
+        axes.set_xlim(low[i], high[i])
 
     def draw_two(axes: Axes, i: int, j: int) -> None:
         x, y = (low[k] + (grid + 1) / 2 * (high[k] - low[k]) for k in (i, j))
         mesh = axes.pcolormesh(x, y, values(i, j).reshape(resolution, resolution).T, shading="gouraud", cmap="viridis")
-        axes.plot(centre[i], centre[j], "kx", clip_on=False)
-        axes.figure.colorbar(mesh, ax=axes)
+        axes.plot(centre[i], centre[j], "kx", clip_on=False, label=DETERMINISTIC)
+        axes.figure.colorbar(mesh, ax=axes, label="Q" if len(dims) == 2 else "")
 
-    return _corner(dims, draw_one, draw_two, "Q")
+    unit = "scaled rewards" if isinstance(model.policy, DiffusionPolicy) else "rewards"
+    title = f"Q around the deterministic action, in {unit}\n(the axes end at the limits of the action)"
+    return _corner(dims, draw_one, draw_two, "Q", title)
 
 
 def plot_denoising(model: BaseAlgorithm, obs: Obs, dims: Sequence[int] = (0, 1), n_particles: int = 100) -> Figure:
@@ -163,10 +172,16 @@ def plot_denoising(model: BaseAlgorithm, obs: Obs, dims: Sequence[int] = (0, 1),
     x = points[:, :, dims[0]] if len(dims) == 2 else np.tile(np.arange(len(points))[:, None], (1, n_particles))
     y = points[:, :, dims[-1]]
     axes.plot(x, y, color="grey", linewidth=0.5, alpha=0.5)
-    axes.scatter(x[0], y[0], s=8, color="grey", label="$x_T$")
-    axes.scatter(x[-1], y[-1], s=14, c=points[-1, :, dims[0]], cmap="turbo", zorder=3, label="$x_0$")
+    axes.scatter(x[0], y[0], s=8, color="grey", label="$x_T$, noise")
+    axes.scatter(x[-1], y[-1], s=14, c=points[-1, :, dims[0]], cmap="turbo", zorder=3, label=f"$x_0$, by action {dims[0]}")
+    corner, size = low[dims], (high - low)[dims]
+    if len(dims) == 1:
+        corner, size = np.array([0, corner[0]]), np.array([len(points) - 1, size[0]])
+    box = Rectangle(tuple(corner), *size, fill=False, edgecolor="tab:red", linestyle="--", label="limits of the action")
+    axes.add_patch(box)
     axes.set(xlabel=f"action {dims[0]}" if len(dims) == 2 else "denoising step", ylabel=f"action {dims[-1]}")
-    axes.legend()
+    axes.set_title(f"{n_particles} particles for one observation, {len(points) - 1} denoising steps", fontsize=10)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     return figure
 
 
@@ -286,7 +301,7 @@ def _q(model: BaseAlgorithm, critic: th.nn.Module, obs: PyTorchObs, actions: th.
 
 
 def _corner(
-    dims: list[int], draw_one: Callable[[Axes, int], None], draw_two: Callable[[Axes, int, int], None], label: str
+    dims: list[int], draw_one: Callable[[Axes, int], None], draw_two: Callable[[Axes, int, int], None], label: str, title: str
 ) -> Figure:
     """
     One dimension, a plane, or all pairs below a diagonal of single dimensions.
@@ -295,14 +310,17 @@ def _corner(
     :param draw_one: draws a dimension
     :param draw_two: draws a pair, the first along x
     :param label: what ``draw_one`` has along y
+    :param title: of the figure
     :return: the figure
     """
     size = 4.0 if len(dims) <= 2 else 2.2 * len(dims)
     figure = Figure(figsize=(size * 1.2, size), layout="constrained")
+    figure.suptitle(title, fontsize=10)
     if len(dims) == 2:
         axes = figure.subplots()
         draw_two(axes, *dims)
         axes.set(xlabel=f"action {dims[0]}", ylabel=f"action {dims[1]}")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", fontsize=8)
         return figure
     grid = figure.subplots(len(dims), len(dims), squeeze=False)
     for row, j in enumerate(dims):
@@ -318,4 +336,5 @@ def _corner(
                 draw_two(axes, i, j)
                 axes.set_ylabel(f"action {j}")
             axes.set_xlabel(f"action {i}")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", fontsize=8)
     return figure

@@ -13,9 +13,10 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict, TrainFrequencyUnit
 from stable_baselines3.common.utils import FloatSchedule
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
@@ -39,6 +40,7 @@ from sb3_sdac.compilation import (
     addresses,
     denormals_flushed,
     has_bfloat16,
+    has_compiler,
     keep_freed_memory,
     set_learning_rate,
 )
@@ -49,6 +51,11 @@ from sb3_sdac.policies import Actor, CnnPolicy, Critic, DiffusionPolicy, MlpPoli
 from sb3_sdac.rewards import largest_value
 from sb3_sdac.temperature import Temperature, is_ent_coef
 from sb3_sdac.update import Metrics, Update
+
+#: With compile="auto": updates of a run from which on compiling them pays on a CPU
+COMPILED_FROM = 50_000
+#: Up to as many denoising steps are compiled as one function
+MAX_UNROLLED = 8
 
 SelfSDAC = TypeVar("SelfSDAC", bound="SDAC")
 
@@ -118,9 +125,9 @@ class SDAC(CarefulOffPolicyAlgorithm):
         training pass. ``"auto"``: if the processor supports it (CPUs with AVX512-BF16 or AMX, CUDA devices). Acting, losses,
         weights and optimizers stay float32
     :param compile: ``"auto"``: on CUDA capture whole updates and predictions as CUDA graphs, each then one launch instead of
-        hundreds. True: also compile the denoising step of the updates with ``torch.compile`` (up to half a minute the first
-        time; needs a C++ compiler, on CUDA Triton), which on a CPU pays with many particles, as in the paper's configuration,
-        and not with the defaults. False: neither. Nothing of it is in a saved model
+        hundreds; on a CPU compile the updates with ``torch.compile`` where ``learn`` is to make 50,000 of them or more and
+        there is a C++ compiler. True: compile them always (a minute or two the first time), on CUDA the denoising step (needs
+        Triton). False: neither. Nothing of it is in a saved model
     :param stats_window_size: episodes over which the logged success rate, length and reward are averaged
     :param tensorboard_log: folder of the TensorBoard log; no log if ``None``
     :param policy_kwargs: arguments of the policy, see :class:`~sb3_sdac.DiffusionPolicy`
@@ -279,14 +286,29 @@ class SDAC(CarefulOffPolicyAlgorithm):
     def _setup_compilation(self) -> None:
         """What learning and acting call: functions as they are, or with ``compile`` faster ones."""
         self._mixed_precision = has_bfloat16(self.device) if self.mixed_precision == "auto" else bool(self.mixed_precision)
-        # One denoising step, not the loop, which would be compiled for every step of it
-        self.update.noise_predictor = Compiled(self.actor.noise_predictor) if self.compile is True else None
+        worth_it = self.compile is True or (self.compile == "auto" and self._compiling_pays())
+        _compile_update(self.update, worth_it, on_cpu=self.device.type == "cpu")
         self._run_update: Callable[..., Metrics] = self._gather_and_update
         vars(self.policy).pop("_predict", None)
         if self.compile and self.device.type == "cuda":
             key = functools.partial(_graph_key, self.policy)
             self._run_update = Graphed(self._gather_and_update, [self.actor.optimizer, self.critic.optimizer], key)
             vars(self.policy)["_predict"] = Graphed(self.policy.act, key=key).copied
+
+    def _compiling_pays(self) -> bool:
+        """:return: whether the updates of the whole run are worth a minute of compiling, and there is a compiler"""
+        train_freq: Any = self.train_freq
+        if self.device.type != "cpu" or not self._total_timesteps:
+            return False
+        steps_per_rollout = self.n_envs * (train_freq.frequency if train_freq.unit == TrainFrequencyUnit.STEP else 1000)
+        per_rollout = steps_per_rollout if self.gradient_steps == -1 else self.gradient_steps
+        return self._total_timesteps * per_rollout / steps_per_rollout >= COMPILED_FROM and has_compiler()
+
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        prepared = super()._setup_learn(*args, **kwargs)
+        if self.compile == "auto" and self.device.type == "cpu":  # by the length of the run, which is known now
+            self._setup_compilation()
+        return prepared
 
     def _gather_and_update(self, batch: Any, *flags: Any) -> Metrics:
         """An update, of a batch or of what says where it lies in the replay buffer."""
@@ -483,6 +505,31 @@ class SDAC(CarefulOffPolicyAlgorithm):
 
     def _check_arguments(self) -> None:
         check_arguments(self)
+
+
+def _compile_update(update: Update, worth_it: bool, on_cpu: bool) -> None:
+    """
+    Fuse the parts of an update with ``torch.compile`` when they are first called; they compute the same, to rounding.
+
+    :param update: whose methods are replaced
+    :param worth_it: whether to; else they are as they were written
+    :param on_cpu: on CUDA a graph is made of the rest, and only one denoising step is compiled
+    """
+    for name in ("draw_actions", "critic_loss", "score_matching_loss"):
+        vars(update).pop(name, None)
+    # One denoising step and not the loop, where its steps are many, as each would be compiled
+    one_step = worth_it and (not on_cpu or update.policy.n_sampling_steps > MAX_UNROLLED)
+    update.noise_predictor = Compiled(update.policy.actor.noise_predictor) if one_step else None
+    if not worth_it or not on_cpu:
+        return
+    eager, compiled = update.score_matching_loss, Compiled(update.score_matching_loss)
+
+    def score_matching_loss(*args: Any) -> tuple[th.Tensor, th.Tensor]:
+        # A rate of 1 comes once, at the very first: not worth compiling for
+        return (eager if args[-1].temperature_rate == 1 else compiled)(*args)
+
+    parts = {"critic_loss": Compiled(update.critic_loss), "score_matching_loss": score_matching_loss}
+    vars(update).update(parts if one_step else {**parts, "draw_actions": Compiled(update.draw_actions)})
 
 
 def _graph_key(policy: DiffusionPolicy) -> Hashable:

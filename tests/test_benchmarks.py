@@ -1,19 +1,20 @@
-"""The training harness: runs of a protocol, interruption and resumption, results and report."""
+"""The training harness, benchmarks/run.py: runs of a protocol, interruption and resumption, the table of finished runs."""
 
 import csv
 import importlib
 import itertools
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 
@@ -46,9 +47,10 @@ def train(folder: Path, *args: str, protocol: dict | None = None) -> subprocess.
     return run("run.py", folder, "--work", str(folder / "work"), *args, protocol=protocol)
 
 
-def rows(folder: Path, configuration: str) -> list[dict[str, str]]:
-    with (folder / "results" / "tiny" / f"{configuration}_Pendulum-v1_0.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+def table(folder: Path, configuration: str) -> list[dict[str, str]]:
+    """The rows of a finished run."""
+    with (folder / "results" / "tiny.csv").open(newline="") as file:
+        return [row for row in csv.DictReader(file) if row["configuration"] == configuration]
 
 
 def test_runs_resume_and_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,9 +65,9 @@ def test_runs_resume_and_are_reported(tmp_path: Path, monkeypatch: pytest.Monkey
     interrupted, _ = harness.read_protocol(path, tmp_path / "results", tmp_path / "work")
     outcome = harness.train(interrupted, 2000, 500, "cpu")
     assert re.fullmatch("stopped at [0-9]+ of 3000 steps, to be continued", outcome)
-    first = rows(tmp_path, "SDAC")
+    first = interrupted.read_rows()
     assert [int(row["env_steps"]) for row in first] == [1500]
-    assert not interrupted.is_finished() and (interrupted.checkpoint / "checkpoint.zip").exists()
+    assert not interrupted.is_finished() and (interrupted.work / "checkpoint.zip").exists()
     monkeypatch.undo()
     process = train(tmp_path, "--minutes", "0")
     assert process.returncode == 0 and process.stdout.count("not begun") == 2, process.stderr
@@ -73,104 +75,85 @@ def test_runs_resume_and_are_reported(tmp_path: Path, monkeypatch: pytest.Monkey
     process = train(tmp_path, "--jobs", "2")
     assert process.returncode == 0, process.stderr
     assert "0 of 2 runs are finished" in process.stdout and "2 of 2 finished, 0 failed" in process.stdout
-    assert rows(tmp_path, "SDAC")[0] == first[0] and not list((tmp_path / "work" / "tiny").iterdir())
+    assert table(tmp_path, "SDAC")[0] == first[0] and not list((tmp_path / "work" / "tiny").iterdir())
     assert "2 of 2 runs are finished" in train(tmp_path).stdout
     for configuration in ("SDAC", "SAC"):
-        table = rows(tmp_path, configuration)
-        assert [int(row["env_steps"]) for row in table] == [1500, 3000]
-        assert [row["env"] for row in table] == ["Pendulum-v1"] * 2
-        assert all(len(row["returns"].split()) == 2 for row in table)
-        assert int(table[-1]["updates"]) >= 1400 and len({row["config"] for row in table}) == 1
+        own = table(tmp_path, configuration)
+        assert [int(row["env_steps"]) for row in own] == [1500, 3000]
+        assert [row["env"] for row in own] == ["Pendulum-v1"] * 2
+        assert all(len(row["returns"].split()) == 2 for row in own)
+        assert int(own[-1]["updates"]) >= 1400 and len({row["config"] for row in own}) == 1
+        assert {row["commit"] for row in own} == {interrupted.commit}
 
     # A stop costs no update: as many as the run that went through has
-    assert len({rows(tmp_path, configuration)[-1]["updates"] for configuration in ("SDAC", "SAC")}) == 1
+    assert len({table(tmp_path, configuration)[-1]["updates"] for configuration in ("SDAC", "SAC")}) == 1
 
     process = run("report.py", tmp_path)
     assert process.returncode == 0, process.stderr
-    score = sum(float(value) for row in rows(tmp_path, "SDAC")[-2:] for value in row["returns"].split()) / 4
+    score = sum(float(value) for row in table(tmp_path, "SDAC")[-2:] for value in row["returns"].split()) / 4
     assert f"| Pendulum-v1 | SDAC | {score:.0f} | {score:.0f} |" in (tmp_path / "results" / "tiny.md").read_text()
     assert (tmp_path / "results" / "tiny.png").stat().st_size > 10_000
 
-    # A default given by name is the same configuration, and so is what changes the time alone
-    configurations = PROTOCOL["configurations"]
-    named = {"SDAC": {**configurations["SDAC"], "tau": 0.005, "compile": True}}  # type: ignore[index]
-    path.write_text(yaml.safe_dump({**PROTOCOL, "configurations": named}, sort_keys=False))
-    finished, *_ = harness.read_protocol(path, tmp_path / "results", tmp_path / "work")
-    assert len(finished.read_rows()) == 2
-    assert harness.attempt(finished, None) == (finished, "finished", False)  # nothing is trained when it failed after its end
+    # Killed between its last row and the table, a run is not trained again
+    finished = replace(interrupted, results=tmp_path / "others" / "tiny.csv")
+    harness.write_rows(finished.work / "rows.csv", harness.COLUMNS, table(tmp_path, "SDAC"))
+    assert not finished.is_finished() and harness.attempt(finished, None) == (finished, "finished", False)
+    assert finished.is_finished() and not finished.work.exists()
 
-    # Other hyperparameters under the same name are refused, and what is there stays
+    # Other hyperparameters or defaults: what is finished stays, with a word, and no other seed is added to it
     changed = {**PROTOCOL, "common": {**PROTOCOL["common"], "batch_size": 17}}  # type: ignore[dict-item]
     process = train(tmp_path, protocol=changed)
-    assert process.returncode != 0 and "other hyperparameters" in process.stderr
-    assert len(rows(tmp_path, "SDAC")) == 2
+    assert process.returncode == 0 and "of other hyperparameters or defaults than today's" in process.stdout
+    process = train(tmp_path, protocol={**changed, "seeds": [0, 1]})
+    assert process.returncode == 1 and "SDAC, Pendulum-v1, seed 1 would be mixed with rows of other" in process.stderr
+    assert len(table(tmp_path, "SDAC")) == 2
 
 
-def test_report_of_an_ablation_goes_into_a_page(tmp_path: Path) -> None:
-    """One line per configuration with the ratio of the means to the reference's, here worked out by hand."""
-    configurations: dict[str, dict] = {"SDAC": {}, "other": {}, "none": {}}
-    protocol = {**PROTOCOL, "reference": "SDAC", "score_evaluations": 1, "configurations": configurations}
-    protocol["n_timesteps"] = "3e3"  # as YAML has it
-    finished = {("SDAC", "A-v1", 0): 100, ("SDAC", "A-v1", 1): 300, ("SDAC", "B-v1", 0): 50, ("other", "A-v1", 1): 150}
-    folder = tmp_path / "results" / "tiny"
-    folder.mkdir(parents=True)
-    for (configuration, env, seed), value in {**finished, ("other", "B-v1", 0): 100}.items():
-        row = f"{configuration},0123456789,{env},{seed},3000,1500,60,{value - 1} {value + 1}\n"
-        (folder / f"{configuration}_{env}_{seed}.csv").write_text(
-            "configuration,config,env,seed,env_steps,updates,wall_time,returns\n" + row
-        )
-    page = tmp_path / "page.md"
-    page.write_text("before\n<!-- tiny.md -->\nold\n<!-- end of tiny.md -->\nafter\n")
-    for _ in range(2):  # the second finds what the first has written
-        process = run("report.py", tmp_path, "--into", str(page), protocol=protocol)
-        assert process.returncode == 0, process.stderr
-    written = (tmp_path / "results" / "tiny.md").read_text()
-    assert "after 3,000 environment steps" in written
-    assert "| SDAC | 200 (100, 300) | 50 (50) | 1.00 |\n| other | 150 (150) | 100 (100) | 1.38 |\n" in written
-    assert page.read_text() == f"before\n<!-- tiny.md -->\n{written}<!-- end of tiny.md -->\nafter\n"
-
-    page.write_text("no place for it")
-    process = run("report.py", tmp_path, "--into", str(page), protocol=protocol)
-    assert process.returncode == 1 and "needs the lines '<!-- tiny.md -->'" in process.stderr
-    assert page.read_text() == "no place for it"
+def make_rows(harness: Any, run: Any) -> None:
+    """In the place of training."""
+    steps = range(run.eval_freq, run.n_timesteps + 1, run.eval_freq)
+    own = {"configuration": run.configuration, "config": "x", "commit": "y", "env": run.env, "seed": run.seed, "updates": 1}
+    rows = [{**own, "env_steps": step, "wall_time": step, "returns": "1.00 2.00"} for step in steps]
+    harness.write_rows(run.work / "rows.csv", harness.COLUMNS, rows)
 
 
-@pytest.mark.parametrize(
-    ("protocols", "source"),
-    [(["short", "long"], "README.md"), (["ablation", "invariance"], "benchmarks/README.md")],
-    ids=["README.md", "benchmarks/README.md"],
-)
-def test_the_pages_show_what_is_in_the_result_files(tmp_path: Path, protocols: list[str], source: str) -> None:
-    """Each has one command for all of them, which changes nothing when run on copies."""
-    results = tmp_path / "results"
-    for protocol in protocols:
-        shutil.copytree(ROOT / "benchmarks" / "results" / protocol, results / protocol)
-    page = Path(shutil.copy(ROOT / source, tmp_path))
-    paths = " ".join(f"benchmarks/{protocol}.yml" for protocol in protocols)
-    command = f"python benchmarks/report.py {paths} --into {source}"
-    assert f"`{command}`" in page.read_text()
-    script, *args = command.removesuffix(source).split()[1:]
-    process = subprocess.run(
-        [sys.executable, script, *args, str(page), "--results", str(results)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr
-    assert page.read_text() == (ROOT / source).read_text()
-    for protocol in protocols:
-        assert (results / f"{protocol}.md").read_text() == (ROOT / "benchmarks" / "results" / f"{protocol}.md").read_text()
+def finish(run: Any) -> None:
+    run.finish()
 
 
-@pytest.mark.parametrize("protocol", ["short", "long", "ablation", "invariance"])
-def test_committed_rows_are_of_the_protocols(protocol: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And of today's default, or the command that made them would be refused; trials keep the others."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    path = ROOT / "benchmarks" / f"{protocol}.yml"
-    runs = importlib.import_module("run").read_protocol(path, path.parent / "results", path.parent / "work")
-    committed = {row for row in (path.parent / "results" / protocol).glob("*.csv")}
-    assert {run.results for run in runs if run.read_rows()} == committed
+def test_runs_that_finish_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several processes: no row of another one is lost, and the table is in the same order, whoever comes first."""
+    harness, runs = read(tmp_path, monkeypatch, seeds=list(range(8)))
+    monkeypatch.setattr(harness.Run, "config_hash", "x")
+    for own in runs:
+        make_rows(harness, own)
+    with ProcessPoolExecutor(4, get_context("fork")) as pool:
+        list(pool.map(finish, runs))
+    names = [(row["configuration"], int(row["seed"]), int(row["env_steps"])) for row in harness.read_rows(runs[0].results)]
+    assert names == [(name, seed, steps) for name in ("SAC", "SDAC") for seed in range(8) for steps in (1500, 3000)]
+    assert all(own.is_finished() and not own.work.exists() for own in runs)
+
+
+def test_what_a_configuration_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A default given by name is the same, also the policy's, and so is what changes the time alone."""
+    harness, (sdac, _) = read(tmp_path, monkeypatch)
+
+    def changed(algo: str = "sdac", **hyperparams: Any) -> str:
+        digits: str = harness.config_hash(algo, {**sdac.hyperparams, **hyperparams})
+        return digits
+
+    same: list[dict[str, Any]] = [
+        {"tau": 0.005, "compile": True},
+        {"policy_kwargs": {"net_arch": [8]}},
+        {"policy_kwargs": "dict(net_arch=[8], n_critics=2, activation_fn=nn.SiLU)"},
+    ]
+    assert {changed(**hyperparams) for hyperparams in same} == {sdac.config_hash}
+    others: list[dict[str, Any]] = [
+        {"tau": 0.006},
+        {"policy_kwargs": "dict(net_arch=[8], n_critics=3)"},
+        {"policy_kwargs": "dict(net_arch=[8], activation_fn=nn.Mish)"},
+    ]
+    assert len({sdac.config_hash, changed("dpmd"), changed("sac"), *(changed(**other) for other in others)}) == 6
 
 
 def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> tuple[Any, list[Any]]:
@@ -189,7 +172,7 @@ def test_a_checkpoint_of_other_hyperparameters_is_refused(tmp_path: Path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(harness, "time", SimpleNamespace(time=itertools.count().__next__))
         assert "to be continued" in harness.train(interrupted, 300, 1e9, "cpu")
-    assert not interrupted.results.exists() and (interrupted.checkpoint / "checkpoint.zip").exists()
+    assert not (interrupted.work / "rows.csv").exists() and (interrupted.work / "checkpoint.zip").exists()
     for changes in ({"common": {**PROTOCOL["common"], "batch_size": 17}}, {"eval_episodes": 3}):  # type: ignore[dict-item]
         _, (changed, _) = read(tmp_path, monkeypatch, **changes)
         with pytest.raises(ValueError, match=r"checkpoint.zip holds a run of other hyperparameters or evaluations.*remove"):
@@ -210,7 +193,7 @@ def test_evaluations_have_env_kwargs_of_their_own(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(harness.shutil, "rmtree", lambda *_, **__: None)  # keeps what the training environments returned
     for run, measured in zip(runs, (False, True), strict=True):
         assert harness.train(run, float("inf"), 1e9, "cpu") == "finished"
-        monitors = list(run.checkpoint.rglob("*.monitor.csv"))
+        monitors = list(run.work.rglob("*.monitor.csv"))
         learned = [float(row.split(",")[0]) for monitor in monitors for row in monitor.read_text().splitlines()[2:]]
         assert learned and not any(learned)
         returns = [float(value) for value in run.read_rows()[-1]["returns"].split()]
@@ -223,7 +206,7 @@ def test_evaluations_do_not_pile_up(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with monkeypatch.context() as patch:
         patch.setattr(harness, "time", SimpleNamespace(time=itertools.count().__next__))
         assert "to be continued" in harness.train(own, 160, 1e9, "cpu")
-    own.results.unlink()
+    (own.work / "rows.csv").unlink(missing_ok=True)
     assert harness.train(own, float("inf"), 1e9, "cpu") == "finished"
     steps = [int(row["env_steps"]) for row in own.read_rows()]
     assert steps[-2:] == [200, 250] and len(steps) <= 3
@@ -244,8 +227,8 @@ def test_the_reference_may_have_more_seeds(tmp_path: Path, monkeypatch: pytest.M
 def test_names_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     configurations = {"A/B (x)": {"algo": "sac"}}
     _, runs = read(tmp_path, monkeypatch, configurations=configurations, envs=["dm_control/cheetah-run-v0"])
-    assert [run.results.name for run in runs] == ["A-B-x_dm_control-cheetah-run-v0_0.csv"]
-    with pytest.raises(SystemExit, match=r"A B x, Pendulum-v1, seed 0 and another run have the same file"):
+    assert [run.work.name for run in runs] == ["A-B-x_dm_control-cheetah-run-v0_0"]
+    with pytest.raises(SystemExit, match=r"A B x, Pendulum-v1, seed 0 and another run have the same folder"):
         read(tmp_path, monkeypatch, configurations={**configurations, "A B x": {"algo": "sac"}})
     with pytest.raises(SystemExit, match="n_timesteps is the protocol's"):
         read(tmp_path, monkeypatch, common={"n_timesteps": 5})
@@ -275,33 +258,6 @@ def test_a_failure_that_there_is_no_time_to_try_again(tmp_path: Path, monkeypatc
     assert harness.main() == 1
 
 
-def test_seeds_of_different_hyperparameters_are_refused(tmp_path: Path) -> None:
-    folder = tmp_path / "results" / "tiny"
-    folder.mkdir(parents=True)
-    for seed, config in ((0, "aaaaaaaaaa"), (1, "bbbbbbbbbb")):
-        rows = f"configuration,config,env,seed,env_steps,updates,wall_time,returns\nSAC,{config},A-v1,{seed},3000,1,60,1 2\n"
-        (folder / f"SAC_A-v1_{seed}.csv").write_text(rows)
-    process = run("report.py", tmp_path)
-    assert process.returncode == 1 and "seeds of SAC on A-v1 come from different hyperparameters" in process.stderr
-
-
-def test_curves_of_seeds_that_were_interrupted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Their evaluations may be some steps apart, and still make one curve."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    report = importlib.import_module("report")
-    steps = {0: [20, 40, 60, 80], 1: [20, 43, 63, 83]}
-    records = [
-        {"configuration": "SAC", "env": "A-v1", "seed": seed, "env_steps": at, "wall_time": at, "return": at}
-        for seed in steps
-        for at in steps[seed]
-    ]
-    drawn: list[Any] = []
-    monkeypatch.setattr(report.plt, "close", drawn.append)
-    report.plot(report.pd.DataFrame(records), ["SAC"], tmp_path / "curves.png", against_time=False)
-    (line,) = drawn[0].axes[0].lines
-    np.testing.assert_allclose(line.get_xydata(), [[x / 1000, x] for x in (20, 41.5, 61.5, 81.5)])
-
-
 def test_a_failed_run_is_reported_and_tried_again(tmp_path: Path) -> None:
     """The others go on; the exit status says that something failed."""
     configurations = {"SDAC": {"algo": "sdac", "tau": 7}, "SAC": PROTOCOL["configurations"]["SAC"]}  # type: ignore[index]
@@ -325,7 +281,7 @@ def test_runs_on_ray(tmp_path: Path) -> None:
     assert process.returncode == 1, process.stderr
     assert "SAC, Pendulum-v1, seed 0: FAILED" in process.stdout and "in attempt" in process.stdout
     assert "SDAC, Pendulum-v1, seed 0: finished\n1 of 2 finished" in process.stdout
-    assert [int(row["env_steps"]) for row in rows(tmp_path, "SDAC")] == [100, 200]
+    assert [int(row["env_steps"]) for row in table(tmp_path, "SDAC")] == [100, 200]
 
 
 @pytest.mark.parametrize("port", ["1", "x"])

@@ -17,11 +17,22 @@ from gymnasium import spaces
 from reading import nothing_read_back
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import BitFlippingEnv
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from stable_baselines3.her import HerReplayBuffer
 
 from sb3_sdac import SDAC, buffers, sdac
-from sb3_sdac.buffers import ARRAYS, BatchIndices, DeviceReplayBuffer, fits_on_device, locate_recent, sample_recent
+from sb3_sdac.buffers import (
+    ARRAYS,
+    BatchIndices,
+    DeviceReplayBuffer,
+    fits_on_device,
+    load_fitting,
+    locate_recent,
+    sample_recent,
+)
 from sb3_sdac.checkpoint import load_checkpoint, save_checkpoint
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
@@ -637,3 +648,107 @@ def test_cuda_is_not_waited_for() -> None:
         buffer.sample(64, env)
     finally:
         th.cuda.set_sync_debug_mode("default")
+
+
+# Files of replay buffers
+
+
+def small_model(env: Any, policy: str = "MlpPolicy", **kwargs: Any) -> SDAC:
+    small = {"buffer_size": 60, "learning_starts": 20, "batch_size": 8, "policy_kwargs": {"net_arch": [8]}, "seed": 0}
+    return SDAC(policy, env, **{**small, **kwargs})
+
+
+def load_buffer(model: SDAC, path: Path) -> None:
+    """As ``model.load_replay_buffer`` does."""
+    load_fitting(model, path, lambda file: OffPolicyAlgorithm.load_replay_buffer(model, file))
+
+
+def dict_env(n_envs: int) -> Any:
+    return make_vec_env(lambda: BitFlippingEnv(n_bits=4, continuous=True), n_envs)
+
+
+HER = {"replay_buffer_class": HerReplayBuffer, "buffer_size": 200, "learning_starts": 40}
+BUFFER_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "one_step": ("MlpPolicy", {"n_steps": 1}),
+    "n_step": ("MlpPolicy", {"n_steps": 3}),
+    "device": ("MlpPolicy", {"replay_buffer_class": DeviceReplayBuffer}),
+    "dict": ("MultiInputPolicy", {}),
+    "her": ("MultiInputPolicy", HER),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The last trajectory:UserWarning")  # of SB3's HerReplayBuffer
+@pytest.mark.parametrize("before, after", [(3, 5), (3, 1), (1, 2)])
+@pytest.mark.parametrize("kind", BUFFER_KINDS)
+def test_buffer_of_another_number_of_environments(kind: str, before: int, after: int, tmp_path: Path) -> None:
+    policy, kwargs = BUFFER_KINDS[kind]
+    make_env = dict_env if policy == "MultiInputPolicy" else lambda n_envs: make_vec_env("Pendulum-v1", n_envs)
+    model = small_model(make_env(before), policy, **kwargs).learn(60)
+    model.save_replay_buffer(tmp_path / "buffer.pkl")
+    other = small_model(make_env(after), policy, **kwargs)
+    empty = other.replay_buffer
+    words = f"buffer.pkl is a replay buffer of {before} environments, but the model has {after}.*SDAC.load.*empty one"
+    with pytest.raises(ValueError, match=words):
+        load_buffer(other, tmp_path / "buffer.pkl")
+    assert other.replay_buffer is empty
+    other.learn(50)
+
+    same = small_model(make_env(before), policy, **kwargs)
+    load_buffer(same, tmp_path / "buffer.pkl")
+    assert model.replay_buffer is not None and same.replay_buffer is not None
+    assert same.replay_buffer.size() == model.replay_buffer.size()
+    same.learn(50)
+
+
+def test_buffer_of_other_spaces(tmp_path: Path) -> None:
+    small_model("MountainCarContinuous-v0").save_replay_buffer(tmp_path / "car.pkl")
+    small_model(dict_env(1), "MultiInputPolicy").save_replay_buffer(tmp_path / "dict.pkl")
+    model = small_model("Pendulum-v1")
+    for name in ("car", "dict"):
+        with pytest.raises(
+            ValueError, match=rf"{name}\.pkl is a replay buffer of observations in .*, but the model's are in Box"
+        ):
+            load_buffer(model, tmp_path / f"{name}.pkl")
+    env = gym.wrappers.RescaleAction(gym.make("Pendulum-v1"), -1, 1)
+    small_model(env).save_replay_buffer(tmp_path / "scaled.pkl")
+    with pytest.raises(ValueError, match=r"scaled\.pkl is a replay buffer of actions in .*, but the model's are in"):
+        load_buffer(model, tmp_path / "scaled.pkl")
+
+
+@pytest.mark.parametrize(
+    "kwargs, words",
+    [({"buffer_size": 90}, "60 rows, the model's had 90"), ({"n_steps": 1}, "2 steps per return, the model's had 1")],
+)
+def test_buffer_of_another_kind(kwargs: dict[str, Any], words: str, tmp_path: Path) -> None:
+    """The model can learn with it, but not as it was told to."""
+    small_model("Pendulum-v1").learn(25).save_replay_buffer(tmp_path / "buffer.pkl")
+    model = small_model("Pendulum-v1", **kwargs)
+    with pytest.warns(UserWarning, match=words):
+        load_buffer(model, tmp_path / "buffer.pkl")
+    model.learn(25)
+    assert model.replay_buffer is not None and model.replay_buffer.pos == 50
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", pickle.dumps([1, 2]), "cut"], ids=["empty", "garbage", "list", "cut"])
+def test_damaged_buffer(content: Any, tmp_path: Path) -> None:
+    model = small_model("Pendulum-v1").learn(25)
+    before, path = model.replay_buffer, tmp_path / "buffer.pkl"
+    if content == "cut":
+        model.save_replay_buffer(path)
+        content = path.read_bytes()[:-100]
+    path.write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"buffer\.pkl cannot be loaded as a replay buffer: it is damaged, or of something else"
+    ):
+        load_buffer(model, path)
+    with pytest.raises(FileNotFoundError):
+        load_buffer(model, tmp_path / "nothing.pkl")
+    assert model.replay_buffer is before
+
+
+def test_her_buffer_without_environment(tmp_path: Path) -> None:
+    model = small_model(dict_env(1), "MultiInputPolicy", **HER)
+    model.save_replay_buffer(tmp_path / "buffer.pkl")
+    model.env = None
+    with pytest.raises(ValueError, match=r"buffer\.pkl cannot be loaded.*HerReplayBuffer needs the environment: call set_env"):
+        load_buffer(model, tmp_path / "buffer.pkl")
