@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from logged import logged
+from helpers.logged import logged
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch import nn

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch as th
 import yaml
-from hub_standin import Hub
+from helpers.hub_standin import Hub
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
