@@ -5,6 +5,7 @@ Arguments of a live model work or are refused, what is not finite is stopped bef
 they were before.
 """
 
+import functools
 import inspect
 import io
 import json
@@ -27,8 +28,10 @@ from stable_baselines3.common.utils import configure_logger, get_device
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
+from sb3_sdac.action_noise import fit_action_noise
 from sb3_sdac.arguments import LiveArguments, check_finite, refuse_unknown
-from sb3_sdac.buffers import choose_buffer, cut_off_episodes
+from sb3_sdac.buffers import choose_buffer, cut_off_episodes, load_fitting
+from sb3_sdac.files import save_in_one_step
 from sb3_sdac.policies import DiffusionPolicy
 from sb3_sdac.rewards import LARGEST_REWARD
 
@@ -104,6 +107,7 @@ class CarefulOffPolicyAlgorithm(LiveArguments, OffPolicyAlgorithm):
     ) -> tuple[int, BaseCallback]:
         if self.env is None:
             raise ValueError("There is no environment to learn from: model.set_env(env), or load(path, env=env)")
+        self.action_noise = fit_action_noise(self.action_noise, self.env.num_envs, self.action_space)  # type: ignore[arg-type]
         if (reset_num_timesteps or self._last_obs is None) and self.replay_buffer is not None:
             cut_off_episodes(self.replay_buffer)  # SB3 is about to reset the environments
         return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
@@ -223,7 +227,29 @@ class CarefulOffPolicyAlgorithm(LiveArguments, OffPolicyAlgorithm):
         live, initial = self.policy.live_arguments(), self.policy.initial_arguments
         changed = {name: live[name] for name in live if name in self.policy_kwargs or live[name] != initial[name]}
         vars(self)["policy_kwargs"] = {**self.policy_kwargs, **changed}
-        super().save(path, exclude, include)
+        save_in_one_step(functools.partial(super().save, exclude=exclude, include=include), path, "zip", self.verbose)
+
+    def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
+        """
+        Save the replay buffer as a pickle, see SB3's ``OffPolicyAlgorithm.save_replay_buffer``.
+
+        :param path: the file, with or without ``.pkl``; what is there is replaced once the new one is complete
+        :raises ValueError: if there is none
+        """
+        if self.replay_buffer is None:
+            raise ValueError("There is no replay buffer to save: this model was loaded to act, without an environment")
+        save_in_one_step(super().save_replay_buffer, path, "pkl", self.verbose)
+
+    def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
+        """
+        Load a replay buffer, see SB3's ``OffPolicyAlgorithm.load_replay_buffer``.
+
+        :param path: the file, with or without ``.pkl``
+        :param truncate_last_traj: end the episodes under way of a ``HerReplayBuffer``
+        :raises ValueError: if the file is no replay buffer, or one of other spaces or another number of environments; the one
+            before is kept
+        """
+        load_fitting(self, path, functools.partial(super().load_replay_buffer, truncate_last_traj=truncate_last_traj))
 
     @classmethod
     def load(

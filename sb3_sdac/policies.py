@@ -26,6 +26,7 @@ from torch import nn
 
 from sb3_sdac.arguments import LiveArguments, check, check_choice, check_finite, is_count, is_fraction, is_number, is_positive
 from sb3_sdac.diffusion import BETA_SCHEDULES, GaussianDiffusion
+from sb3_sdac.files import save_in_one_step
 from sb3_sdac.networks import CriticEnsemble, NoisePredictor
 
 
@@ -156,6 +157,14 @@ class _ActingPolicy(LiveArguments, BasePolicy):
                 "(VecNormalize's statistics, a sensor), or skip this observation.",
             )
         return super().predict(observation, state, episode_start, deterministic)
+
+    def save(self, path: str) -> None:
+        """
+        Save the policy alone, see SB3's ``BaseModel.save``.
+
+        :param path: the file; what is there is replaced once the new one is complete
+        """
+        save_in_one_step(super().save, path)
 
 
 class Actor(_ActingPolicy):

@@ -214,3 +214,26 @@ def test_no_observation_at_all(n_actions: int | None) -> None:
         ensemble = make_ensemble(**kwargs)
         shape = (0,) if n_actions is None else (0, n_actions)
         assert ensemble(ensemble.encode(th.zeros(0, F_DIM)), th.zeros(*shape, A)).shape == (3, *shape)
+
+
+@pytest.mark.parametrize("n_bins", [1, 11])
+@th.no_grad()
+def test_running_statistics_approach_those_of_the_batch(n_bins: int) -> None:
+    """Folded into the layers they give what normalising the batch itself gives, once they have seen enough of it."""
+    ensemble = make_ensemble(batch_norm=True, n_bins=n_bins)
+    features, actions = 3 * th.randn(4096, F_DIM) + 1, 2 * th.rand(4096, A) - 1
+    before = ensemble(ensemble.encode(features), actions)
+    for _ in range(1000):
+        values = ensemble.values(ensemble.normalise_batch(features, actions))
+    assert (before - values).abs().max() > 0.1
+    th.testing.assert_close(ensemble(ensemble.encode(features), actions), values, rtol=1e-3, atol=2e-3)
+
+
+@th.no_grad()
+def test_few_rows_are_normalised_like_many() -> None:
+    """Layers scale their inputs where these are fewer than the weights, and else their weights; the values are the same."""
+    ensemble = make_ensemble(batch_norm=True)
+    features, actions = 3 * th.randn(64, F_DIM) + 1, 2 * th.rand(64, A) - 1
+    many = ensemble(ensemble.encode(features), actions)
+    few = [ensemble(ensemble.encode(features[i : i + 2]), actions[i : i + 2]) for i in range(0, 64, 2)]
+    th.testing.assert_close(th.cat(few, dim=1), many, rtol=1e-4, atol=1e-5)
