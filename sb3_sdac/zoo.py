@@ -234,7 +234,7 @@ def patch_manager(exp_manager: ModuleType) -> None:
 
 def patch_hub() -> None:
     """
-    Makes ``push_to_hub`` and ``load_from_hub`` work with today's clients of the hub (rl_zoo3 2.9.2), and their model card true.
+    Lets rl_zoo3 2.9.2 push and load with today's clients of the hub, and completes its model card.
 
     A function has another name and type since sb3-team-hf-integration 3.2, and since huggingface_hub 1.0 a missing file (of an
     agent without VecNormalize) is no longer the error that is waited for. The card says what to install.

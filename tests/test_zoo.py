@@ -47,10 +47,11 @@ CONFIGS = {
 #: What the entries hold besides arguments of the constructor
 ZOO_KEYS = {"n_timesteps", "n_envs"}
 ALGORITHMS = {"sdac": SDAC, "dpmd": DPMD}
-DEFAULTS = {
-    algorithm: {name: parameter.default for name, parameter in inspect.signature(algorithm).parameters.items()}
-    for algorithm in ALGORITHMS.values()
-}
+DEFAULTS: dict[type[SDAC], dict[str, Any]] = {}
+for _algorithm in ALGORITHMS.values():  # DPMD hands SDAC's on
+    _parameters = dict(inspect.signature(SDAC).parameters) | dict(inspect.signature(_algorithm).parameters)
+    _names = _algorithm._constructor_arguments()
+    DEFAULTS[_algorithm] = {name: _parameters[name].default for name in _parameters if name in _names}
 PENDULUM = ["--algo", "sdac", "--env", "Pendulum-v1"]
 SMALL = ["-params", "learning_starts:100", "batch_size:16", "policy_kwargs:dict(net_arch=[16])"]
 TRAIN = [*PENDULUM, "-n", "150", "--num-threads", "1", "--eval-freq", "100", "--eval-episodes", "1", *SMALL]
