@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch as th
-from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
@@ -31,9 +30,11 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from sb3_sdac.action_noise import fit_action_noise
 from sb3_sdac.arguments import LiveArguments, check_finite, refuse_unknown
 from sb3_sdac.buffers import choose_buffer, cut_off_episodes, load_fitting
+from sb3_sdac.extras import require
 from sb3_sdac.files import save_in_one_step
 from sb3_sdac.policies import DiffusionPolicy
 from sb3_sdac.rewards import LARGEST_REWARD
+from sb3_sdac.spaces import check_spaces
 
 SelfCareful = TypeVar("SelfCareful", bound="CarefulOffPolicyAlgorithm")
 
@@ -112,6 +113,8 @@ class CarefulOffPolicyAlgorithm(LiveArguments, OffPolicyAlgorithm):
     ) -> tuple[int, BaseCallback]:
         if self.env is None:
             raise ValueError("There is no environment to learn from: model.set_env(env), or load(path, env=env)")
+        if self.tensorboard_log is not None and not self._custom_logger:
+            require("tensorboard", "plots", "tensorboard_log")
         self.action_noise = fit_action_noise(self.action_noise, self.env.num_envs, self.action_space)  # type: ignore[arg-type]
         if (reset_num_timesteps or self._last_obs is None) and self.replay_buffer is not None:
             cut_off_episodes(self.replay_buffer)  # SB3 is about to reset the environments
@@ -312,16 +315,7 @@ class CarefulOffPolicyAlgorithm(LiveArguments, OffPolicyAlgorithm):
 
     @staticmethod
     def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+        check_spaces(env)  # SB3 stops at some while it wraps
         vec_env = OffPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
-        action_space = vec_env.action_space
-        if isinstance(action_space, spaces.Box):  # SB3 itself refuses the others
-            with np.errstate(over="ignore", invalid="ignore"):
-                width = action_space.high - action_space.low
-            floating = np.issubdtype(action_space.dtype, np.floating)
-            if not floating or not np.isfinite(width).all() or (width <= 0).any():
-                raise ValueError(
-                    f"SDAC needs a floating-point action space with finite bounds, low < high, but got {action_space} with "
-                    f"low {action_space.low} and high {action_space.high}. Wrap the environment, for instance with "
-                    "gymnasium.wrappers.RescaleAction."
-                )
+        check_spaces(vec_env)  # of which SB3 may have moved the channels
         return vec_env

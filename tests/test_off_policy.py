@@ -1,6 +1,7 @@
 """Collecting, storing and loading, with SB3's buffers and wrappers: what cannot work is said at once, and nothing is lost."""
 
 import io
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -567,3 +568,15 @@ def test_subclass_is_loaded_with_arguments_of_sdac(algorithm: type[SDAC], tmp_pa
     assert algorithm.load(tmp_path / "model.zip", seed=3, tau=0.1).tau == 0.1
     with pytest.raises(TypeError, match="n_particels"):
         algorithm.load(tmp_path / "model.zip", n_particels=4)
+
+
+def test_log_without_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said when the log is to be opened, so that a model that was trained with one can act without."""
+    model = make_model(tensorboard_log=str(tmp_path))
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    model.save(tmp_path / "model.zip")
+    model = SDAC.load(tmp_path / "model.zip", env=model.get_env())
+    with pytest.raises(ModuleNotFoundError, match=r'tensorboard_log needs tensorboard, .*pip install "sb3_sdac\[plots\]"'):
+        model.learn(5)
+    model.tensorboard_log = None
+    assert model.learn(5).num_timesteps == 5
