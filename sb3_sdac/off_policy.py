@@ -53,9 +53,14 @@ class CarefulOffPolicyAlgorithm(LiveArguments, OffPolicyAlgorithm):
 
     @classmethod
     def _constructor_arguments(cls) -> set[str]:
-        """:return: names of the constructor's arguments"""
-        parameters = inspect.signature(cls.__init__).parameters.values()
-        return {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD} - {"self"}
+        """:return: names of the constructor's arguments, also of those that a subclass hands on as ``**kwargs``"""
+        owners = cls.__mro__[: cls.__mro__.index(CarefulOffPolicyAlgorithm)]
+        constructors = [vars(owner)["__init__"] for owner in owners if "__init__" in vars(owner)]
+        parameters = [
+            parameter for constructor in constructors for parameter in inspect.signature(constructor).parameters.values()
+        ]
+        collected = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        return {parameter.name for parameter in parameters if parameter.kind not in collected} - {"self"}
 
     @classmethod
     def _policy_arguments(cls) -> set[str]:

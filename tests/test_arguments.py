@@ -416,8 +416,10 @@ def test_what_is_set_works_at_once_and_is_saved(name: str, tmp_path: Path) -> No
             made.policy if of_policy else made, name
         )
         assert not of_policy or (model.policy_kwargs[name] if name in model.policy_kwargs else None) == value
-    if name == "compile":  # gives the same numbers, in half a minute
-        assert [model.update.noise_predictor is not None for model in (live, made, loaded, other)] == [True, True, True, False]
+    if name == "compile":  # gives the same numbers, to rounding and after a minute
+        assert ["critic_loss" in vars(model.update) for model in (live, made, loaded, other)] == [True, True, True, False]
+        live.compile = False
+        assert "critic_loss" not in vars(live.update)
         return
     results = [act_and_learn(model) for model in (live, made, loaded, other)]
     for result in results[1:3]:

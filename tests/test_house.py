@@ -15,7 +15,7 @@ MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py"))}
 #: What each module may import of the package: those on a line before its own
 LAYERS = [
     {
-        *("diffusion", "arguments", "files", "spaces", "options", "presets"),
+        *("diffusion", "arguments", "files", "spaces", "options", "presets", "action_noise"),
         *("mish", "normalisation", "value_bins", "metrics", "rewards"),
     },
     {"score_matching", "networks", "temperature", "buffers", "compilation"},

@@ -552,3 +552,18 @@ def test_every_extractor_of_images_learns() -> None:
     for old, part in zip(before, parts, strict=True):
         assert isinstance(part, NatureCNN)
         assert not any(th.equal(*pair) for pair in zip(old, part.parameters(), strict=True))
+
+
+class HandsOn(SDAC):
+    """A subclass that names no argument."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+
+
+@pytest.mark.parametrize("algorithm", [HandsOn, DPMD])
+def test_subclass_is_loaded_with_arguments_of_sdac(algorithm: type[SDAC], tmp_path: Path) -> None:
+    algorithm("MlpPolicy", "Pendulum-v1", buffer_size=50, policy_kwargs={"net_arch": [8]}).save(tmp_path / "model.zip")
+    assert algorithm.load(tmp_path / "model.zip", seed=3, tau=0.1).tau == 0.1
+    with pytest.raises(TypeError, match="n_particels"):
+        algorithm.load(tmp_path / "model.zip", n_particels=4)
