@@ -151,7 +151,7 @@ def test_what_is_refused(name: str) -> None:
 @pytest.mark.parametrize("ent_coef", ["auto", "auto_0.3"])
 def test_no_temperature_from_data(ent_coef: str) -> None:
     """There are no candidates whose weights could say how warm it is."""
-    with pytest.raises(ValueError, match="ent_coef must be a positive number, 'paper'.*mirror descent has no candidates"):
+    with pytest.raises(ValueError, match=r"ent_coef must be a positive number, 'paper'.*mirror descent has no candidates"):
         make_model(algorithm=DPMD, ent_coef=ent_coef)
     model = make_model(algorithm=DPMD)
     with pytest.raises(ValueError, match="no candidates"):
