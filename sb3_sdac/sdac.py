@@ -522,14 +522,16 @@ def _compile_update(update: Update, worth_it: bool, on_cpu: bool) -> None:
     update.noise_predictor = Compiled(update.policy.actor.noise_predictor) if one_step else None
     if not worth_it or not on_cpu:
         return
-    eager, compiled = update.score_matching_loss, Compiled(update.score_matching_loss)
-
-    def score_matching_loss(*args: Any) -> tuple[th.Tensor, th.Tensor]:
-        # A rate of 1 comes once, at the very first: not worth compiling for
-        return (eager if args[-1].temperature_rate == 1 else compiled)(*args)
-
-    parts = {"critic_loss": Compiled(update.critic_loss), "score_matching_loss": score_matching_loss}
+    # A partial and no closure, which a copy of the model would share, and with it these networks
+    loss = functools.partial(_score_matching_loss, update.score_matching_loss, Compiled(update.score_matching_loss))
+    parts = {"critic_loss": Compiled(update.critic_loss), "score_matching_loss": loss}
     vars(update).update(parts if one_step else {**parts, "draw_actions": Compiled(update.draw_actions)})
+
+
+def _score_matching_loss(eager: Callable[..., Any], compiled: Callable[..., Any], *args: Any) -> tuple[th.Tensor, th.Tensor]:
+    """A temperature rate of 1 comes once, in the very first update: not worth compiling for."""
+    loss: tuple[th.Tensor, th.Tensor] = (eager if args[-1].temperature_rate == 1 else compiled)(*args)
+    return loss
 
 
 def _graph_key(policy: DiffusionPolicy) -> Hashable:

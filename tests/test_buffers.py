@@ -12,9 +12,9 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-from counting import CountingEnv
+from helpers.counting import CountingEnv
 from gymnasium import spaces
-from reading import nothing_read_back
+from helpers.reading import nothing_read_back
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv

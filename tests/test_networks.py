@@ -8,6 +8,7 @@ import torch as th
 from torch import nn
 from torch.nn import functional as F
 
+from sb3_sdac.compilation import has_bfloat16, rounded_products
 from sb3_sdac.mish import Mish
 from sb3_sdac.networks import (
     TIME_DIM,
@@ -237,3 +238,33 @@ def test_few_rows_are_normalised_like_many() -> None:
     many = ensemble(ensemble.encode(features), actions)
     few = [ensemble(ensemble.encode(features[i : i + 2]), actions[i : i + 2]) for i in range(0, 64, 2)]
     th.testing.assert_close(th.cat(few, dim=1), many, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kwargs", ENSEMBLES, ids=str)
+def test_outputs_by_difference_are_the_outputs(kwargs: dict[str, Any]) -> None:
+    """And so is the gradient of each with respect to its own action, among them the first, from which the others differ."""
+    ensemble = make_ensemble(**kwargs)
+    features, actions = inputs(N)
+    results = []
+    for outputs in (ensemble.outputs, ensemble.outputs_by_difference):
+        x = actions.clone().requires_grad_()
+        found = outputs(ensemble.encode(features), x)
+        results.append((found, *th.autograd.grad(ensemble.values(found).sum(), x)))
+    th.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not has_bfloat16(th.device("cpu")), reason="products of float32 are not rounded on this processor")
+@pytest.mark.parametrize("n_bins", [1, 101])
+@th.no_grad()
+def test_rounded_products_keep_differences(n_bins: int) -> None:
+    """Of values that lie close together far from 0, where their distributions are worth hundreds."""
+    ensemble = make_ensemble(batch_norm=True, n_bins=n_bins, max_value=200.0, net_arch=[64, 64])
+    features, actions = inputs(N)
+    results = []
+    for rounded in (False, True):
+        with rounded_products(rounded):
+            encoded = ensemble.encode(features)
+            results.append(ensemble.values(ensemble.outputs_by_difference(encoded, actions)))
+    exact, found = ((values - values[..., :1])[..., 1:] for values in results)
+    assert not th.equal(exact, found)
+    assert (found - exact).square().mean() < 0.02**2 * exact.square().mean()

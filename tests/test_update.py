@@ -588,7 +588,7 @@ def test_candidates_keep_their_differences(prepare: Callable[[Update], None] | N
     assert th.equal(differences, mixed_differences) != ROUNDS
     assert (mixed_differences - differences).square().mean().sqrt() < 0.02 * differences.std()
     assert th.cosine_similarity(gradients.flatten(), mixed_gradients.flatten(), dim=0) > 1 - 1e-3
-    assert mixed_temperature.item() == pytest.approx(temperature.item(), rel=0.02)
+    assert mixed_temperature.item() == pytest.approx(temperature.item(), rel=0.05)
 
 
 @pytest.mark.parametrize("score_matching", sm.SCORE_TARGETS)
