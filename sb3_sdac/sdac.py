@@ -606,7 +606,8 @@ def _check_policy(model: SDAC) -> None:
     unknown = model.policy_kwargs.keys() - inspect.signature(model.policy_class).parameters.keys()
     for name in unknown & ELSEWHERE.keys():
         raise TypeError(f"{name} (given: {model.policy_kwargs[name]!r}) is no argument of the policy: {ELSEWHERE[name]}")
-    extractor = model.policy_kwargs.get("features_extractor_class") or model.policy_class.default_features_extractor_class
+    policy_class: Any = model.policy_class
+    extractor = model.policy_kwargs.get("features_extractor_class") or policy_class.default_features_extractor_class
     check_extractor(extractor, model.observation_space, model.policy_kwargs.get("normalize_images", True), model.env)
     in_use = {**model.policy_kwargs, **(model.policy.live_arguments() if "_is_live" in vars(model) else {})}
     if str(model.ent_coef).startswith("paper") and in_use.get("exploration_noise") == 0:
