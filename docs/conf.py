@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT))  # autodoc reads this checkout, installed or not
 
 project = "sb3_sdac"
 author = "sb3_sdac contributors"
-copyright = author  # noqa: A001
+copyright = author
 release = version = (ROOT / "sb3_sdac" / "version.txt").read_text(encoding="utf-8").strip()
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.viewcode"]
@@ -39,7 +39,7 @@ _OUTSIDE = re.compile(r"(?<!!)\[([^\]]+)\]\(\.\./([^)#\s]+)(#[^)\s]+)?\)")
 
 
 def _link_outside(app: Sphinx, docname: str, source: list[str]) -> None:
-    """On GitHub ``../`` leads out of the folder ``docs``; a site has only that folder, so a link to another one is its name."""
+    """On GitHub ``../`` leads out of ``docs``. The site has only that folder, so there a link to another one is its name."""
 
     def replace(match: re.Match[str]) -> str:
         text, path, anchor = match.groups()

@@ -1,5 +1,5 @@
 """
-Makes ``examples/get_started.ipynb`` of ``docs/get_started.md``: each block of Python is a cell, and so is the text between two.
+Makes ``examples/get_started.ipynb`` of ``docs/get_started.md``: a cell for each block of Python, and for the text between.
 
     python docs/notebook.py
 """
