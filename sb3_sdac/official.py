@@ -21,7 +21,8 @@ from stable_baselines3.common.type_aliases import GymEnv
 from torch import nn
 
 from sb3_sdac.dpmd import DPMD
-from sb3_sdac.networks import TIME_DIM, CriticEnsemble, EnsembleLinear, NoisePredictor
+from sb3_sdac.layers import EnsembleLinear
+from sb3_sdac.networks import TIME_DIM, CriticEnsemble, NoisePredictor
 from sb3_sdac.presets import PAPER_DPMD, PAPER_SDAC
 from sb3_sdac.sdac import SDAC
 from sb3_sdac.spaces import check_action_space

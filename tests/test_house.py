@@ -15,8 +15,8 @@ MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py"))}
 #: What each module may import of the package: those on a line before its own
 LAYERS = [
     {
-        *("diffusion", "arguments", "files", "spaces", "options", "presets", "action_noise", "extras"),
-        *("mish", "normalisation", "value_bins", "metrics", "rewards"),
+        *("diffusion", "arguments", "files", "spaces", "options", "presets"),
+        *("layers", "value_bins", "metrics", "rewards"),
     },
     {"score_matching", "networks", "temperature", "buffers", "compilation"},
     {"policies"},
