@@ -12,8 +12,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-from helpers.counting import CountingEnv
 from gymnasium import spaces
+from helpers.counting import CountingEnv
 from helpers.reading import nothing_read_back
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
