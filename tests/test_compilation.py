@@ -661,6 +661,7 @@ COMPILED: dict[str, dict[str, Any]] = {
 @pytest.mark.slow
 @pytest.mark.skipif(not has_compiler(), reason="there is no C++ compiler")
 @torch_warns
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # which the compiler hides, and an error cannot be
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_updates_learn_as_others_do(name: str) -> None:
     """Hundreds of updates, with the same random numbers: to the rounding of sums taken in another order."""

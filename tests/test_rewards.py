@@ -13,6 +13,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 
 from sb3_sdac import SDAC
 from sb3_sdac import score_matching as sm
+from sb3_sdac.compilation import Compiled, has_compiler
 from sb3_sdac.options import UpdateOptions
 from sb3_sdac.rewards import MAX_SCALE, RewardStatistics, largest_value
 from sb3_sdac.update import Update
@@ -46,6 +47,26 @@ def test_rewards_of_any_size(size: float) -> None:
     scale = statistics.scale()
     assert scale.dtype == th.float32 and scale.isfinite() and 0 < scale <= MAX_SCALE
     assert size * scale.item() == pytest.approx(0.2 / 3**0.5 * 3, rel=0.9)  # uniform: the root mean square is size / sqrt(3)
+
+
+@pytest.mark.skipif(not has_compiler(), reason="there is no C++ compiler")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
+def test_compiled_statistics_are_the_same() -> None:
+    """What torch.compile writes to a float64 of shape () gets lost, on a CPU: the scale stayed 1."""
+    eager, fast = RewardStatistics(), RewardStatistics()
+
+    def track(rewards: th.Tensor) -> th.Tensor:
+        fast.track(rewards)
+        return fast.scale()
+
+    compiled = Compiled(track)
+    for i in range(3):
+        rewards = 30 * th.randn(B, 1, generator=th.Generator().manual_seed(i))
+        eager.track(rewards)
+        th.testing.assert_close(compiled(rewards), eager.scale())
+    for name, value in eager.state_dict().items():
+        th.testing.assert_close(fast.state_dict()[name], value)
+        assert value > 0
 
 
 @pytest.mark.parametrize("gamma, largest", [(0.99, 200), (0.95, 40), (0.0, 2), (1.0, 2e4)])
