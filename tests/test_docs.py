@@ -69,7 +69,7 @@ def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "page", module)
     with patch.dict(sb3_sdac.score_matching.SCORE_TARGETS), patch.dict(sb3_sdac.score_matching.PROPOSALS):
         for line, block in blocks(page, "python"):
-            code = block.replace("7_000", "600") if page.name == "README.md" else block
+            code = block.replace("7_000, progress_bar=True", "600") if page.name == "README.md" else block
             exec(compile("\n" * line + code, str(page), "exec"), vars(module))  # a traceback shows the page's line
 
 
