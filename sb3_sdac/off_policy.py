@@ -49,6 +49,9 @@ class CarefulOffPolicyAlgorithm(LiveArguments, OffPolicyAlgorithm):
             raise ValueError(
                 f"device={str(device)!r} was given but PyTorch finds no CUDA device here; use device='cpu' or 'auto'"
             )
+        given = kwargs.get("policy_kwargs")
+        if isinstance(given, dict) and given.get("use_sde") is False:  # SAC writes its default into the user's dictionary
+            kwargs["policy_kwargs"] = {name: value for name, value in given.items() if name != "use_sde"}
         super().__init__(policy, env, learning_rate, device=device, **kwargs)
 
     @classmethod
