@@ -1,7 +1,7 @@
 PYTHON ?= python
-SOURCES = setup.py sb3_sdac_zoo_hook.py sb3_sdac tests $(wildcard examples) $(wildcard benchmarks)
+SOURCES = setup.py sb3_sdac_zoo_hook.py sb3_sdac tests $(wildcard examples) $(wildcard benchmarks) $(wildcard docs/conf.py)
 
-.PHONY: format lint type test test-fast sb3-tests commit-checks check
+.PHONY: format lint type docs test test-fast sb3-tests commit-checks check
 
 format:  ## sort imports, apply safe fixes, format
 	$(PYTHON) -m ruff check --fix $(SOURCES)
@@ -14,6 +14,9 @@ lint:  ## ruff and black, without writing
 type:
 	$(PYTHON) -m mypy $(SOURCES)
 
+docs:  ## the site, in docs/_build/html; a warning is an error
+	$(PYTHON) -m sphinx -W --keep-going -b html docs docs/_build/html
+
 test:
 	$(PYTHON) -m pytest
 
@@ -23,6 +26,6 @@ test-fast:
 sb3-tests:  ## SB3's own published tests, with SDAC standing in for SAC
 	$(PYTHON) tests/helpers/sb3_standin.py
 
-check: lint type  ## the checks that write nothing
+check: lint type docs  ## the checks that change no source
 
 commit-checks: format type test-fast

@@ -28,9 +28,9 @@ from stable_baselines3.common.vec_env import (
 )
 from torch import nn
 
-from sb3_sdac.extras import require
+from sb3_sdac.arguments import require
 from sb3_sdac.files import replaced_in_one_step
-from sb3_sdac.networks import EnsembleLinear
+from sb3_sdac.layers import EnsembleLinear
 from sb3_sdac.sdac import SDAC
 
 #: Name of the output, and of the input unless observations are a Dict

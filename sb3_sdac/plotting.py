@@ -25,8 +25,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Figure as LoggedFigure
 from stable_baselines3.common.type_aliases import PyTorchObs
 
-from sb3_sdac.arguments import is_count
-from sb3_sdac.extras import require
+from sb3_sdac.arguments import is_count, require
 from sb3_sdac.policies import DiffusionPolicy
 
 require("matplotlib.axes", "plots", "sb3_sdac.plotting")

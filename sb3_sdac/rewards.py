@@ -29,8 +29,8 @@ class RewardStatistics(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         for name in ("n_batches", "mean_square", "largest"):
-            # float64, as the square of a reward of 1e30 or 1e-30 is no number of float32. Of shape (1,), as torch.compile loses
-            # what is written to a float64 of shape () on a CPU
+            # float64, as the square of a reward of 1e30 or 1e-30 is no number of float32. Of shape (1,), as torch.compile
+            # takes a float64 of shape () on a CPU for a constant, and what is written to it gets lost
             self.register_buffer(name, th.zeros(1, dtype=th.float64))
 
     def track(self, rewards: th.Tensor) -> None:

@@ -20,9 +20,9 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from sb3_sdac.arguments import require
 from sb3_sdac.checkpoint import SaveCheckpoint, is_checkpoint, load_checkpoint
 from sb3_sdac.dpmd import DPMD
-from sb3_sdac.extras import require
 from sb3_sdac.sdac import SDAC
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sb3_sdac.compilation import has_bfloat16, rounded_products
-from sb3_sdac.mish import Mish
+from sb3_sdac.layers import Mish, NormLimit
 from sb3_sdac.networks import (
     TIME_DIM,
     CriticEnsemble,
@@ -19,7 +19,6 @@ from sb3_sdac.networks import (
     lecun_normal_,
     sinusoidal_embedding,
 )
-from sb3_sdac.normalisation import NormLimit
 
 B, N, F_DIM, A = 6, 4, 5, 3
 #: Distributions and plain values, with normalised inputs and without, several layers and none

@@ -1,6 +1,5 @@
 """What is shipped, what it costs at start-up, and which module may import which."""
 
-import ast
 import os
 import py_compile
 import re
@@ -19,40 +18,9 @@ import sb3_sdac
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sb3_sdac"
-#: Each may import the ones before it
-LAYERS = [
-    *[
-        "action_noise",
-        "arguments",
-        "diffusion",
-        "extras",
-        "files",
-        "metrics",
-        "mish",
-        "options",
-        "presets",
-        "rewards",
-        "spaces",
-    ],
-    *["normalisation", "temperature", "value_bins", "score_matching", "networks", "policies", "compilation", "buffers"],
-    *["update", "off_policy", "sdac", "dpmd", "checkpoint", "export", "official", "plotting", "zoo"],
-]
 CONFIGS = [f"sb3_sdac/hyperparams/{path.name}" for path in (ROOT / "hyperparams").glob("*.yml")]
 DATA = ["sb3_sdac/py.typed", "sb3_sdac/version.txt", *CONFIGS]
 HOOK = ["sb3_sdac_zoo_hook.pth", "sb3_sdac_zoo_hook.py"]
-
-
-def imported_modules(path: Path) -> set[str]:
-    """The full names in the import statements of a file, wherever they stand."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0 and node.module is not None, f"relative import in {path}"
-            # `from sb3_sdac import zoo` imports sb3_sdac.zoo
-            names |= {f"{node.module}.{alias.name}" if node.module == "sb3_sdac" else node.module for alias in node.names}
-    return names
 
 
 def copy_source(target: Path) -> Path:
@@ -70,24 +38,6 @@ def run_python(code: str, *options: str) -> str:
 def test_version_and_public_names():
     assert re.fullmatch(r"\d+\.\d+\.\d+", sb3_sdac.__version__)
     assert all(hasattr(sb3_sdac, name) for name in sb3_sdac.__all__)
-
-
-@pytest.mark.parametrize("module", ["diffusion", "score_matching"])
-def test_maths_imports_torch_and_standard_library_only(module):
-    packages = {name.split(".")[0] for name in imported_modules(PACKAGE / f"{module}.py")}
-    assert packages <= {"torch", "sb3_sdac"} | sys.stdlib_module_names
-
-
-@pytest.mark.parametrize("module", LAYERS)
-def test_imports_point_one_way(module):
-    allowed = {f"sb3_sdac.{layer}" for layer in LAYERS[: LAYERS.index(module)]}
-    own = {name for name in imported_modules(PACKAGE / f"{module}.py") if name.startswith("sb3_sdac.")}
-    # `python -m sb3_sdac.zoo` imports itself by its full name
-    assert own - {f"sb3_sdac.{module}.main"} - ({"sb3_sdac.zoo"} if module == "zoo" else set()) <= allowed
-
-
-def test_every_module_has_a_layer():
-    assert {path.stem for path in PACKAGE.glob("*.py")} == {*LAYERS, "__init__"}
 
 
 def test_import_leaves_rl_zoo3_alone():
@@ -137,7 +87,7 @@ def test_sdist_and_wheel(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         in_wheel = set(archive.namelist())
         [record] = (archive.read(name).decode() for name in in_wheel if name.endswith("/RECORD"))
-    assert {*DATA, *HOOK, *(f"sb3_sdac/{layer}.py" for layer in LAYERS)} <= in_wheel
+    assert {*DATA, *HOOK, *(f"sb3_sdac/{path.name}" for path in PACKAGE.glob("*.py"))} <= in_wheel
     assert {name.split("/")[0] for name in in_wheel} == {"sb3_sdac", f"sb3_sdac-{sb3_sdac.__version__}.dist-info", *HOOK}
     assert {name for name in in_wheel if name.endswith(".yml")} == set(CONFIGS)
     assert all(f"\n{name}," in f"\n{record}" for name in in_wheel)  # what pip uninstall removes

@@ -21,8 +21,8 @@ from sb3_sdac import DPMD, PAPER_DPMD, PAPER_SDAC, SDAC, DiffusionPolicy
 from sb3_sdac import score_matching as sm
 from sb3_sdac.diffusion import GaussianDiffusion, cosine_betas, linear_betas
 from sb3_sdac.dpmd import mirror_descent_weights
-from sb3_sdac.mish import Mish
-from sb3_sdac.networks import EnsembleLinear, NoisePredictor
+from sb3_sdac.layers import EnsembleLinear, Mish
+from sb3_sdac.networks import NoisePredictor
 from sb3_sdac.official import Layers, set_critics, set_noise_predictor
 from sb3_sdac.temperature import Temperature
 

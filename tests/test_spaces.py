@@ -189,8 +189,9 @@ REFUSED: dict[str, tuple[spaces.Space, str, Callable[[gym.Env], gym.Env]]] = {
 def test_observations_that_are_refused(name: str) -> None:
     space, words, helps = REFUSED[name]
     env = Sampled(space)
-    with pytest.raises(ValueError, match=f"(?s)The observation space.*{words}"):
-        check_spaces(env)
+    for refuses in (check_spaces, lambda env: SDAC("MlpPolicy", env)):
+        with pytest.raises(ValueError, match=f"(?s)The observation space.*{words}"):
+            refuses(env)
     learns(helps(env))
 
 
@@ -250,6 +251,8 @@ def test_wrappers_around_vec_normalize(name: str) -> None:
     make_env, wrapper = AROUND[name]
     with pytest.raises(ValueError, match=rf"{wrapper} stands around VecNormalize.*VecNormalize\({wrapper}\(env"):
         check_spaces(make_env())
+    with pytest.raises(ValueError, match="stands around VecNormalize"):
+        SDAC("MlpPolicy", make_env())
 
 
 def test_wrapper_of_ones_own_around_vec_normalize() -> None:

@@ -27,8 +27,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, ReplayBufferSample
 
 from sb3_sdac import score_matching as sm
 from sb3_sdac.compilation import has_bfloat16, rounded_products
-from sb3_sdac.networks import EnsembleLinear
-from sb3_sdac.normalisation import MAX_FEATURE_NORM, NormLimit
+from sb3_sdac.layers import MAX_FEATURE_NORM, EnsembleLinear, NormLimit
 from sb3_sdac.options import UpdateOptions
 from sb3_sdac.update import Update, concatenate, rounds_products
 from sb3_sdac.value_bins import ValueBins

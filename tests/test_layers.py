@@ -1,10 +1,23 @@
-"""The norm of the actor's features: limited by statistics that training moves and acting leaves alone."""
+"""Layers: the limit on the features' norm, and our Mish is PyTorch's."""
 
 import pytest
 import torch as th
 from helpers.models import make_model
+from torch import nn
 
-from sb3_sdac.normalisation import MAX_FEATURE_NORM, NormLimit, limiting_scale
+from sb3_sdac.layers import MAX_FEATURE_NORM, Mish, NormLimit, limiting_scale
+
+
+def test_mish_is_mish() -> None:
+    """Value and gradient, also where exp(x) or its square overflow."""
+    x = th.cat([th.linspace(-30, 30, 2001), th.tensor([-200.0, -90.0, 45.0, 88.0, 89.0, 1e4])])
+    results = []
+    for function, argument in ((Mish(), x.clone()), (nn.Mish(), x.double())):
+        argument.requires_grad_()
+        value = function(argument)
+        (gradient,) = th.autograd.grad(value.sum(), argument)
+        results.append((value.detach().double(), gradient.double()))
+    th.testing.assert_close(results[0], results[1], rtol=1e-6, atol=3e-6)
 
 
 @pytest.mark.parametrize("batch_norm", [True, False])
