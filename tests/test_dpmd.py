@@ -209,3 +209,9 @@ def test_the_papers_configuration() -> None:
     start = snapshot(model.policy)
     model.learn(30)
     assert changed(start, model.policy) and model._n_updates == 10
+
+
+def test_another_algorithm_loads_it(tmp_path: Path) -> None:
+    make_model(algorithm=DPMD, ent_coef=0.5).save(tmp_path / "dpmd.zip")
+    with pytest.raises(ValueError, match=r"saved by DPMD: load it with sb3_sdac\.DPMD\.load"):
+        SDAC.load(tmp_path / "dpmd.zip")
