@@ -2,9 +2,11 @@
 
 import functools
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch as th
 from helpers.models import make_model
@@ -182,3 +184,57 @@ def test_data_temperature_is_free_of_the_reward_scale() -> None:
         results.append((update.policy.log_ent_coef.exp().item(), loss.item(), ess.item()))
     assert results[1][0] == pytest.approx(100 * results[0][0], rel=1e-4)
     assert results[1][1:] == pytest.approx(results[0][1:], rel=1e-3)
+
+
+class Scaled(gym.RewardWrapper):
+    """Pendulum's rewards, between -16 and 0, as a function makes them of them and of their number."""
+
+    def __init__(self, change: Callable[[float, int], float]):
+        super().__init__(gym.make("Pendulum-v1"))
+        self.change, self.count = change, 0
+
+    def reward(self, reward: Any) -> float:
+        self.count += 1
+        return self.change(float(reward), self.count)
+
+
+SIZES: dict[str, Callable[[float, int], float]] = {
+    "all -2e19": lambda reward, count: -2e19,
+    "up to 1e30": lambda reward, count: reward * 5e28,
+    "down to 1e-30": lambda reward, count: reward * 1e-30,
+    "all zero": lambda reward, count: 0.0,
+    "mixed in one batch": lambda reward, count: reward * (5e28 if count % 7 == 0 else 1e-30),
+    "small, then large": lambda reward, count: reward * (1e-30 if count < 60 else 5e28),
+    "one large": lambda reward, count: 1e30 if count == 40 else reward,
+    "below what float32 has": lambda reward, count: reward * 1e-44,
+}
+
+
+@pytest.mark.parametrize("n_steps", [1, 3])
+@pytest.mark.parametrize("size", SIZES)
+def test_rewards_of_any_size_are_learned_from(size: str, n_steps: int) -> None:
+    model = make_model(Scaled(SIZES[size]), n_steps=n_steps)
+    before = {name: value.clone() for name, value in model.policy.state_dict().items()}
+    model.learn(150)
+    after = model.policy.state_dict()
+    assert all(th.isfinite(value).all() for value in after.values())
+    assert not th.equal(after["critic.q_networks.rest.1.weight"], before["critic.q_networks.rest.1.weight"])
+    obs = th.as_tensor(np.stack([[1.0, 0.0, 0.0], [-1.0, 0.0, 4.0]]), dtype=th.float32)
+    values = model.critic.q_values(model.critic.encode(obs), th.zeros(2, 1))
+    assert th.isfinite(values).all() and values.abs().max() <= 200  # in scaled rewards
+    assert np.isfinite(model.predict(obs.numpy())[0]).all()
+
+
+@pytest.mark.parametrize("reward", [2e30, -1e31, -np.inf, np.nan])
+def test_other_rewards_are_named(reward: float) -> None:
+    with pytest.raises(ValueError, match=r"reward at environment step .* (is larger than 1e\+30|is not finite)"):
+        make_model(Scaled(lambda _, count: reward if count == 5 else 0.0)).learn(20)
+
+
+def test_learning_that_diverges_names_the_rewards() -> None:
+    """The environment's actions and observations are not to blame."""
+    model = make_model(Scaled(lambda reward, count: -1e30), reward_scale=1.0).learn(60)
+    with th.no_grad():
+        model.actor.noise_predictor.first.bias.fill_(th.nan)
+    with pytest.raises(ValueError, match=r"largest reward in the replay buffer is 1e\+30 in size\. reward_scale='auto'"):
+        model.learn(60, reset_num_timesteps=False)
