@@ -38,9 +38,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import joblib
-import yaml
-from filelock import FileLock
+try:
+    import joblib
+    import yaml
+    from filelock import FileLock
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f'benchmarks/run.py needs {error.name}: pip install ".[benchmarks]"', name=error.name) from error
 
 HERE = Path(__file__).parent
 #: To be raised when SDAC computes something else with the same arguments, if only by a constant such as MAX_GRADIENT_NOISE

@@ -1,5 +1,6 @@
 """Predicates and checks of arguments, and objects whose arguments are checked whenever they are set."""
 
+import importlib
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -160,6 +161,27 @@ def refuse_unknown(arguments: dict[str, Any], policy_arguments: set[str], live: 
         else:
             advice = "see the list of arguments in help(SDAC)"
         raise TypeError(f"unexpected keyword argument {name}={value!r}: {advice}")
+
+
+def require(package: str, extra: str, what: str) -> None:
+    """
+    Import a package of an extra, so that a missing one is an error that says what to install.
+
+    :param package: as it is imported, for instance ``"tensorboard"``
+    :param extra: of setup.cfg, for instance ``"plots"``
+    :param what: needs it, for instance ``"tensorboard_log"``
+    :raises ModuleNotFoundError: with the command that installs it. If something else is missing, on which the package depends,
+        its own error
+    """
+    try:
+        importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != package.partition(".")[0]:
+            raise
+        raise ModuleNotFoundError(
+            f'{what} needs {package.partition(".")[0]}, which is not installed: pip install "sb3_sdac[{extra}]"',
+            name=error.name,
+        ) from error
 
 
 class LiveArguments:

@@ -4,7 +4,6 @@ Diffusion Policy Mirror Descent (DPMD), the paper's other algorithm: denoising o
 It is to SDAC as DDPG is to TD3: another loss of the actor, a second step of the critics, and running statistics of Q.
 """
 
-import inspect
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -177,8 +176,7 @@ class DPMD(SDAC):
 
     @classmethod
     def _constructor_arguments(cls) -> set[str]:
-        names = super()._constructor_arguments() | set(inspect.signature(DPMD.__init__).parameters)
-        return names - {*UNUSED, "self", "kwargs"}
+        return super()._constructor_arguments() - set(UNUSED)
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, variables = super()._get_torch_save_params()

@@ -28,8 +28,9 @@ from stable_baselines3.common.vec_env import (
 )
 from torch import nn
 
+from sb3_sdac.arguments import require
 from sb3_sdac.files import replaced_in_one_step
-from sb3_sdac.networks import EnsembleLinear
+from sb3_sdac.layers import EnsembleLinear
 from sb3_sdac.sdac import SDAC
 
 #: Name of the output, and of the input unless observations are a Dict
@@ -280,14 +281,11 @@ def export_onnx(model: SDAC, path: str | Path, vec_normalize: VecNormalize | Non
     :raises ValueError: if the model is of another algorithm, its observations have no form in ONNX, PyTorch cannot export
         its features extractor, or the result differs from PyTorch by more than rounding; the file is left as it was
     :raises OSError: if the disk is full, for instance: names the file, which is as it was
-    :raises ImportError: if the packages of the extra ``export`` are missing
+    :raises ModuleNotFoundError: if the packages of the extra ``export`` are missing
     """
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f"export_onnx needs {error.name}: pip install 'sb3_sdac[export]'") from error
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        require(package, "export", "export_onnx")
+    import onnxruntime
 
     actor = DeterministicActor(model, vec_normalize)
     content = _to_onnx(actor)

@@ -6,7 +6,6 @@ candidates and denoising steps; the result is that of one linear layer on the co
 """
 
 import math
-from collections.abc import Callable, Iterable
 from itertools import pairwise
 
 import torch as th
@@ -14,23 +13,11 @@ from stable_baselines3.common.torch_layers import create_mlp
 from torch import nn
 from torch.nn import functional as F
 
-from sb3_sdac.mish import Mish
-from sb3_sdac.normalisation import BatchStatistics, NormLimit
+from sb3_sdac.layers import EnsembleLinear, Mish, NormLimit, last_in_float32, lecun_normal_
 from sb3_sdac.value_bins import ValueBins
 
 #: Width of the embedding of the diffusion step, as in official SDAC
 TIME_DIM = 16
-
-
-def lecun_normal_(weight: th.Tensor, fan_in: int) -> None:
-    """
-    Truncated normal of standard deviation 1 / sqrt(fan_in), cut at two of them (Haiku's default for linear layers).
-
-    :param weight: tensor to fill in place
-    :param fan_in: number of inputs of the layer
-    """
-    std = 1 / math.sqrt(fan_in)
-    nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
 def sinusoidal_embedding(n_diffusion_steps: int, dim: int = TIME_DIM, theta: float = 1e4) -> th.Tensor:
@@ -47,27 +34,6 @@ def sinusoidal_embedding(n_diffusion_steps: int, dim: int = TIME_DIM, theta: flo
     frequencies = theta ** (-th.arange(0, dim, 2, dtype=th.float64) / dim)
     angles = th.outer(th.arange(n_diffusion_steps, dtype=th.float64), frequencies)
     return (th.cat([angles.sin(), angles.cos()], dim=-1) / math.sqrt(dim)).float()
-
-
-def last_in_float32(layers: Iterable[Callable[[th.Tensor], th.Tensor]], x: th.Tensor) -> th.Tensor:
-    """
-    Apply the layers, the last one in float32 also under autocast: it is small, and its output is what the
-    precision of hidden units averages out in. The critics' values, for one, lie close together.
-
-    :param layers: hidden layers and the output layer
-    :param x: input
-    :return: output, float32
-    """
-    layers = list(layers)
-    if not layers:  # net_arch=[]: the first layer was the only one
-        return x.float()
-    *hidden, last = layers
-    for layer in hidden:
-        x = layer(x)
-    if not th.is_autocast_enabled(x.device.type):
-        return last(x)
-    with th.autocast(x.device.type, enabled=False):
-        return last(x.float())
 
 
 class NoisePredictor(nn.Module):
@@ -136,97 +102,6 @@ class NoisePredictor(nn.Module):
         hidden = F.linear(x_t, self.first.weight[:, self._splits[0] : -self._splits[2]])
         # In the precision of the matrix product, should that be bfloat16
         return last_in_float32(self.rest, hidden + (encoded + encoded_t).to(hidden.dtype))
-
-
-class EnsembleLinear(nn.Module):
-    """
-    Linear layers side by side, one per member, as one batched matrix product; optionally with normalised inputs.
-
-    :param n_members: C
-    :param in_features: inputs of each
-    :param out_features: outputs of each
-    :param batch_norm: normalise the inputs by statistics of the batch (Ioffe and Szegedy 2015, arXiv 1502.03167)
-    """
-
-    def __init__(self, n_members: int, in_features: int, out_features: int, batch_norm: bool = False):
-        super().__init__()
-        self.weight = nn.Parameter(th.empty(n_members, in_features, out_features))
-        self.bias = nn.Parameter(th.zeros(n_members, 1, out_features))
-        lecun_normal_(self.weight, in_features)
-        self.norm = BatchStatistics(n_members * in_features) if batch_norm else None
-
-    def folded(self) -> tuple[th.Tensor, th.Tensor]:
-        """
-        Normalisation by the running statistics is linear, so it costs next to nothing as part of this layer.
-
-        :return: weight, shape (C, in, out), and bias, shape (C, 1, out), that act on inputs as they come
-        """
-        if self.norm is None:
-            return self.weight, self.bias
-        scale, shift = self._scale_and_shift(self.norm)
-        return scale.mT * self.weight, th.baddbmm(self.bias, shift, self.weight)
-
-    def encode(self, x: th.Tensor) -> th.Tensor:
-        """
-        What the first of the inputs contribute, with the bias and the shift of all. They are normalised before the product,
-        and not by its weights: rounded to bfloat16, inputs far from 0 would lose what they vary by.
-
-        :param x: the first inputs, the same for all members, shape (M, first)
-        :return: shape (C, M, out)
-        """
-        n = x.shape[1]
-        if self.norm is None:
-            return th.baddbmm(self.bias, x.expand(len(self.weight), -1, -1), self.weight[:, :n])
-        scale, shift = self._scale_and_shift(self.norm)
-        bias = th.baddbmm(self.bias, shift[..., n:], self.weight[:, n:])
-        return th.baddbmm(bias, th.addcmul(shift[..., :n], x, scale[..., :n]), self.weight[:, :n])
-
-    def folded_weight(self, first: int) -> th.Tensor:
-        """
-        :param first: input at which to begin
-        :return: that part of the weight of :meth:`folded`, shape (C, in - first, out)
-        """
-        weight = self.weight[:, first:]
-        return weight if self.norm is None else self._scale_and_shift(self.norm)[0][..., first:].mT * weight
-
-    def _scale_and_shift(self, norm: BatchStatistics) -> tuple[th.Tensor, th.Tensor]:
-        """:return: what the running statistics multiply the inputs with and add to them, each of shape (C, 1, in)"""
-        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        shift = norm.bias - norm.running_mean * scale
-        n_members, in_features, _ = self.weight.shape
-        return scale.view(n_members, 1, in_features), shift.view(n_members, 1, in_features)
-
-    def forward(self, x: th.Tensor) -> th.Tensor:
-        """
-        :param x: shape (C, M, in)
-        :return: shape (C, M, out)
-        """
-        if self.norm is not None and x.shape[1] < self.weight.shape[-1]:  # few inputs, as in acting: less work than folding
-            scale, shift = self._scale_and_shift(self.norm)
-            return _ensemble_linear(th.addcmul(shift, x, scale.to(x.dtype)), self.weight, self.bias)
-        return _ensemble_linear(x, *self.folded())
-
-    def normalise_batch(self, x: th.Tensor) -> th.Tensor:
-        """
-        The same with the inputs normalised by their own mean and variance over M, which move the running ones.
-
-        :param x: shape (C, M, in)
-        :return: shape (C, M, out)
-        """
-        norm = self.norm
-        assert norm is not None
-        # (C, M, in) -> (M, C * in): every input of every member is a channel of its own
-        flat = x.transpose(0, 1).flatten(1)
-        flat = F.batch_norm(flat, norm.running_mean, norm.running_var, norm.weight, norm.bias, True, norm.momentum, norm.eps)
-        # Contiguous, as products with a transposed operand take twice as long
-        x = flat.view(x.shape[1], x.shape[0], -1).transpose(0, 1).contiguous()
-        return _ensemble_linear(x, self.weight, self.bias)
-
-
-def _ensemble_linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
-    if weight.shape[-1] == 1:  # a batched matrix product takes ten times as long for a single column
-        return th.linalg.vecdot(x, weight.mT).unsqueeze(-1) + bias
-    return th.baddbmm(bias, x, weight)
 
 
 class CriticEnsemble(nn.Module):

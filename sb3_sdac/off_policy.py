@@ -5,6 +5,7 @@ Arguments of a live model work or are refused, what is not finite is stopped bef
 they were before.
 """
 
+import copy
 import functools
 import inspect
 import io
@@ -21,19 +22,19 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.noise import ActionNoise, VectorizedActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 from stable_baselines3.common.utils import configure_logger, get_device
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
-from sb3_sdac.action_noise import fit_action_noise
-from sb3_sdac.arguments import LiveArguments, check_finite, refuse_unknown
+from sb3_sdac.arguments import LiveArguments, check_finite, refuse_unknown, require
 from sb3_sdac.buffers import choose_buffer, cut_off_episodes, load_fitting
 from sb3_sdac.files import save_in_one_step
 from sb3_sdac.policies import DiffusionPolicy
 from sb3_sdac.rewards import LARGEST_REWARD
+from sb3_sdac.spaces import check_spaces
 
 SelfCareful = TypeVar("SelfCareful", bound="CarefulOffPolicyAlgorithm")
 
@@ -53,9 +54,14 @@ class CarefulOffPolicyAlgorithm(LiveArguments, OffPolicyAlgorithm):
 
     @classmethod
     def _constructor_arguments(cls) -> set[str]:
-        """:return: names of the constructor's arguments"""
-        parameters = inspect.signature(cls.__init__).parameters.values()
-        return {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD} - {"self"}
+        """:return: names of the constructor's arguments, also of those that a subclass hands on as ``**kwargs``"""
+        owners = cls.__mro__[: cls.__mro__.index(CarefulOffPolicyAlgorithm)]
+        constructors = [vars(owner)["__init__"] for owner in owners if "__init__" in vars(owner)]
+        parameters = [
+            parameter for constructor in constructors for parameter in inspect.signature(constructor).parameters.values()
+        ]
+        collected = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        return {parameter.name for parameter in parameters if parameter.kind not in collected} - {"self"}
 
     @classmethod
     def _policy_arguments(cls) -> set[str]:
@@ -107,6 +113,8 @@ class CarefulOffPolicyAlgorithm(LiveArguments, OffPolicyAlgorithm):
     ) -> tuple[int, BaseCallback]:
         if self.env is None:
             raise ValueError("There is no environment to learn from: model.set_env(env), or load(path, env=env)")
+        if self.tensorboard_log is not None and not self._custom_logger:
+            require("tensorboard", "plots", "tensorboard_log")
         self.action_noise = fit_action_noise(self.action_noise, self.env.num_envs, self.action_space)  # type: ignore[arg-type]
         if (reset_num_timesteps or self._last_obs is None) and self.replay_buffer is not None:
             cut_off_episodes(self.replay_buffer)  # SB3 is about to reset the environments
@@ -307,16 +315,59 @@ class CarefulOffPolicyAlgorithm(LiveArguments, OffPolicyAlgorithm):
 
     @staticmethod
     def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+        check_spaces(env)  # SB3 stops at some while it wraps
         vec_env = OffPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
-        action_space = vec_env.action_space
-        if isinstance(action_space, spaces.Box):  # SB3 itself refuses the others
-            with np.errstate(over="ignore", invalid="ignore"):
-                width = action_space.high - action_space.low
-            floating = np.issubdtype(action_space.dtype, np.floating)
-            if not floating or not np.isfinite(width).all() or (width <= 0).any():
-                raise ValueError(
-                    f"SDAC needs a floating-point action space with finite bounds, low < high, but got {action_space} with "
-                    f"low {action_space.low} and high {action_space.high}. Wrap the environment, for instance with "
-                    "gymnasium.wrappers.RescaleAction."
-                )
+        check_spaces(vec_env)  # of which SB3 may have moved the channels
         return vec_env
+
+
+def fit_action_noise(action_noise: ActionNoise | None, n_envs: int, action_space: spaces.Box) -> ActionNoise | None:
+    """
+    The noise for this number of environments.
+
+    SB3's ``learn`` makes one noise per environment of what it is given, and saves that with the model. With another number of
+    environments, environment i gets the noise that i modulo the former number had.
+
+    :param action_noise: as the user gave it, as ``learn`` left it, or None
+    :param n_envs: number of environments
+    :param action_space: the action space
+    :return: the same object where it fits; one for a single environment, which ``learn`` multiplies, is left alone
+    :raises ValueError: if the noise is of another shape than an action
+    """
+    if action_noise is None:
+        return None
+    _check_shape(action_noise, action_space)
+    if not isinstance(action_noise, VectorizedActionNoise):
+        return action_noise
+    is_nested = isinstance(action_noise.noises[0], VectorizedActionNoise)
+    if len(action_noise.noises) == n_envs and not is_nested:
+        return action_noise
+    singles = [_single(noise) for noise in action_noise.noises]
+    # A copy, for it may be of a subclass with arguments of its own
+    fitted: Any = copy.copy(action_noise)
+    fitted.base_noise, fitted.n_envs = _single(action_noise.base_noise), n_envs
+    fitted.noises = [copy.deepcopy(singles[i % len(singles)]) for i in range(n_envs)]  # resets them
+    return fitted
+
+
+def _single(action_noise: ActionNoise) -> ActionNoise:
+    """One environment's noise, however often it was multiplied."""
+    while isinstance(action_noise, VectorizedActionNoise):
+        action_noise = action_noise.noises[0]
+    return action_noise
+
+
+def _check_shape(action_noise: ActionNoise, action_space: spaces.Box) -> None:
+    """:raises ValueError: where NumPy would stop with shapes that cannot be broadcast, or make actions of another shape"""
+    state = np.random.get_state()
+    shape = np.shape(copy.deepcopy(_single(action_noise))())
+    np.random.set_state(state)  # which the noises draw from
+    try:
+        fits = np.broadcast_shapes(shape, action_space.shape) == action_space.shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"action_noise gives noise of shape {shape}, but an action has the shape {action_space.shape}: give a noise for "
+            "one environment, SB3 makes one per environment of it"
+        )

@@ -21,9 +21,11 @@ from stable_baselines3.common.type_aliases import GymEnv
 from torch import nn
 
 from sb3_sdac.dpmd import DPMD
-from sb3_sdac.networks import TIME_DIM, CriticEnsemble, EnsembleLinear, NoisePredictor
+from sb3_sdac.layers import EnsembleLinear
+from sb3_sdac.networks import TIME_DIM, CriticEnsemble, NoisePredictor
 from sb3_sdac.presets import PAPER_DPMD, PAPER_SDAC
 from sb3_sdac.sdac import SDAC
+from sb3_sdac.spaces import check_action_space
 
 #: A network's layers in order: weight (in, out) and bias (out,)
 Layers = list[tuple[np.ndarray, np.ndarray]]
@@ -287,8 +289,7 @@ def load_official(
     ):
         if not isinstance(space, spaces.Box) or space.shape != (size,):
             raise ValueError(f"{path} was made with {name}s of shape ({size},), but the {name} space is {space}")
-    if not model.action_space.is_bounded():  # type: ignore[attr-defined]
-        raise ValueError(f"SDAC needs an action space with finite bounds, but got {model.action_space}")
+    check_action_space(model.action_space)
     model._setup_model()
 
     for actor in (model.actor, model.actor_target):

@@ -25,15 +25,13 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Figure as LoggedFigure
 from stable_baselines3.common.type_aliases import PyTorchObs
 
-from sb3_sdac.arguments import is_count
+from sb3_sdac.arguments import is_count, require
 from sb3_sdac.policies import DiffusionPolicy
 
-try:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError('matplotlib is not installed: pip install "sb3_sdac[plots]"', name=error.name) from error
+require("matplotlib.axes", "plots", "sb3_sdac.plotting")
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.patches import Rectangle  # noqa: E402
 
 Obs = np.ndarray | dict[str, np.ndarray]
 #: Action dimensions that are drawn if none are named; a figure of all pairs of many would be too small to read
@@ -192,6 +190,7 @@ class PlotCallback(BaseCallback):
     :param obs: one observation, as the policy sees it
     :param plot_freq: environment steps, summed over all environments, from one drawing to the next; at least 1
     :param plots: functions of model and observation that return a figure; for SAC or TQC leave out ``plot_denoising``
+    :raises ModuleNotFoundError: without TensorBoard
     """
 
     def __init__(
@@ -201,6 +200,7 @@ class PlotCallback(BaseCallback):
         plots: Sequence[Callable[[Any, Any], Figure]] = (plot_action_density, plot_q_landscape, plot_denoising),
     ):
         super().__init__()
+        require("tensorboard", "plots", "PlotCallback")
         if not is_count(plot_freq):
             raise ValueError(f"plot_freq must be an integer of at least 1, got {plot_freq!r}")
         self.obs = obs

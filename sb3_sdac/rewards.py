@@ -29,8 +29,9 @@ class RewardStatistics(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         for name in ("n_batches", "mean_square", "largest"):
-            # float64, as the square of a reward of 1e30 or 1e-30 is no number of float32
-            self.register_buffer(name, th.zeros((), dtype=th.float64))
+            # float64, as the square of a reward of 1e30 or 1e-30 is no number of float32. Of shape (1,), as torch.compile
+            # takes a float64 of shape () on a CPU for a constant, and what is written to it gets lost
+            self.register_buffer(name, th.zeros(1, dtype=th.float64))
 
     def track(self, rewards: th.Tensor) -> None:
         """
@@ -49,4 +50,4 @@ class RewardStatistics(nn.Module):
         :return: shape (); 1 while all rewards are zero
         """
         scale = th.minimum(REWARD_RMS / self.mean_square.sqrt(), REWARD_MAX / self.largest)
-        return th.where(self.largest > 0, scale, 1.0).clamp(max=MAX_SCALE).float()
+        return th.where(self.largest > 0, scale, 1.0).clamp(max=MAX_SCALE).float().squeeze(0)

@@ -49,6 +49,7 @@ from sb3_sdac.off_policy import CarefulOffPolicyAlgorithm
 from sb3_sdac.options import UpdateOptions
 from sb3_sdac.policies import Actor, CnnPolicy, Critic, DiffusionPolicy, MlpPolicy, MultiInputPolicy
 from sb3_sdac.rewards import largest_value
+from sb3_sdac.spaces import check_extractor
 from sb3_sdac.temperature import Temperature, is_ent_coef
 from sb3_sdac.update import Metrics, Update
 
@@ -265,7 +266,8 @@ class SDAC(CarefulOffPolicyAlgorithm):
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
         self._setup_replay_buffer()
-        policy_kwargs = {"max_value": largest_value(self.gamma), **self.policy_kwargs}
+        given = {name: value for name, value in self.policy_kwargs.items() if name != "use_sde"}  # False, from a SAC
+        policy_kwargs = {"max_value": largest_value(self.gamma), **given}
         policy: Any = self.policy_class(self.observation_space, self.action_space, self.lr_schedule, **policy_kwargs)
         self.policy = policy.to(self.device)
         self._convert_train_freq()
@@ -522,14 +524,16 @@ def _compile_update(update: Update, worth_it: bool, on_cpu: bool) -> None:
     update.noise_predictor = Compiled(update.policy.actor.noise_predictor) if one_step else None
     if not worth_it or not on_cpu:
         return
-    eager, compiled = update.score_matching_loss, Compiled(update.score_matching_loss)
-
-    def score_matching_loss(*args: Any) -> tuple[th.Tensor, th.Tensor]:
-        # A rate of 1 comes once, at the very first: not worth compiling for
-        return (eager if args[-1].temperature_rate == 1 else compiled)(*args)
-
-    parts = {"critic_loss": Compiled(update.critic_loss), "score_matching_loss": score_matching_loss}
+    # A partial and no closure, which a copy of the model would share, and with it these networks
+    loss = functools.partial(_score_matching_loss, update.score_matching_loss, Compiled(update.score_matching_loss))
+    parts = {"critic_loss": Compiled(update.critic_loss), "score_matching_loss": loss}
     vars(update).update(parts if one_step else {**parts, "draw_actions": Compiled(update.draw_actions)})
+
+
+def _score_matching_loss(eager: Callable[..., Any], compiled: Callable[..., Any], *args: Any) -> tuple[th.Tensor, th.Tensor]:
+    """A temperature rate of 1 comes once, in the very first update: not worth compiling for."""
+    loss: tuple[th.Tensor, th.Tensor] = (eager if args[-1].temperature_rate == 1 else compiled)(*args)
+    return loss
 
 
 def _graph_key(policy: DiffusionPolicy) -> Hashable:
@@ -602,7 +606,12 @@ def _check_policy(model: SDAC) -> None:
         raise ValueError(f"{name} is an argument of {type(model).__name__} itself: give {name}=... instead of {given}")
     unknown = model.policy_kwargs.keys() - inspect.signature(model.policy_class).parameters.keys()
     for name in unknown & ELSEWHERE.keys():
+        if model.policy_kwargs[name] is False:  # use_sde, which a SAC puts into the dictionary that it is given
+            continue
         raise TypeError(f"{name} (given: {model.policy_kwargs[name]!r}) is no argument of the policy: {ELSEWHERE[name]}")
+    policy_class: Any = model.policy_class
+    extractor = model.policy_kwargs.get("features_extractor_class") or policy_class.default_features_extractor_class
+    check_extractor(extractor, model.observation_space, model.policy_kwargs.get("normalize_images", True), model.env)
     in_use = {**model.policy_kwargs, **(model.policy.live_arguments() if "_is_live" in vars(model) else {})}
     if str(model.ent_coef).startswith("paper") and in_use.get("exploration_noise") == 0:
         raise ValueError("ent_coef='paper' is made from the exploration noise's entropy: exploration_noise must be positive")

@@ -1,5 +1,5 @@
 """
-Everything that touches rl_zoo3: SDAC in its list of algorithms, a search space, the embedded hyperparameters, checkpoints.
+Everything that touches rl_zoo3: our algorithms in its list, their search spaces, the embedded hyperparameters, checkpoints.
 
 An installed package registers itself, see :mod:`sb3_sdac_zoo_hook`. Where that start-up hook is not at work (an editable
 install, a checkout), this is ``python -m rl_zoo3.train --algo sdac --env Pendulum-v1`` after :func:`register`::
@@ -20,15 +20,21 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from sb3_sdac.arguments import require
 from sb3_sdac.checkpoint import SaveCheckpoint, is_checkpoint, load_checkpoint
+from sb3_sdac.dpmd import DPMD
 from sb3_sdac.sdac import SDAC
 
 if TYPE_CHECKING:
     import optuna
     from stable_baselines3.common.vec_env import VecEnv
 
+#: What ``--algo`` can be
+ALGORITHMS: dict[str, type[SDAC]] = {"sdac": SDAC, "dpmd": DPMD}
+#: What is searched and belongs to the policy
+_POLICY_ARGUMENTS = ("n_train_particles", "n_sampling_steps", "exploration_noise")
 _INSTALLED = Path(__file__).with_name("hyperparams")
-#: The folder with ``sdac.yml`` and the two of the authors: inside the installed package, beside it in a checkout
+#: The folder with ``sdac.yml``, ``dpmd.yml`` and the two of the authors: inside the installed package, beside it in a checkout
 HYPERPARAMS = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / "hyperparams"
 #: What can be run with ``python -m sb3_sdac.zoo``, and the module that does it
 COMMANDS = {
@@ -57,17 +63,47 @@ def sample_sdac_params(trial: "optuna.Trial", n_actions: int, n_envs: int, addit
     :param additional_args: ``using_her_replay_buffer`` and ``her_kwargs``
     :return: arguments of :class:`~sb3_sdac.SDAC`
     """
+    params = {
+        "target_ess": trial.suggest_float("target_ess", 0.26, 0.6),
+        "n_reverse_samples": trial.suggest_categorical("n_reverse_samples", [4, 8, 16]),  # target_ess > 1/4
+    }
+    return _sample_common_params(trial, params, additional_args)
+
+
+def sample_dpmd_params(trial: "optuna.Trial", n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
+    """
+    Search space of DPMD, see :func:`sample_sdac_params`.
+
+    :param trial: the trial that the values are suggested to
+    :param n_actions: dimension of the action space (not used)
+    :param n_envs: number of environments (not used)
+    :param additional_args: ``using_her_replay_buffer`` and ``her_kwargs``
+    :return: arguments of :class:`~sb3_sdac.DPMD`
+    """
+    params = {
+        "ent_coef": trial.suggest_float("ent_coef", 0.1, 10, log=True),
+        "critic_steps": trial.suggest_int("critic_steps", 1, 2),
+    }
+    return _sample_common_params(trial, params, additional_args)
+
+
+def _sample_common_params(trial: "optuna.Trial", own: dict[str, Any], additional_args: dict[str, Any]) -> dict[str, Any]:
+    """
+    :param trial: the trial that the values are suggested to
+    :param own: what was sampled for this algorithm alone
+    :param additional_args: ``using_her_replay_buffer`` and ``her_kwargs``
+    :return: arguments of the algorithm
+    """
     from rl_zoo3.hyperparams_opt import sample_her_params
 
     params: dict[str, Any] = {
+        **own,
         "learning_rate": trial.suggest_float("learning_rate", 1e-5, 1e-2, log=True),
         "one_minus_gamma": trial.suggest_float("one_minus_gamma", 1e-4, 0.03, log=True),
         "batch_size_pow": trial.suggest_int("batch_size_pow", 6, 9),
         "net_arch": trial.suggest_categorical("net_arch", ["small", "medium", "large"]),
-        "target_ess": trial.suggest_float("target_ess", 0.26, 0.6),
         # Not n_particles, which a trained model can be given anew
-        "n_target_particles": trial.suggest_categorical("n_target_particles", [1, 2, 4]),
-        "n_reverse_samples": trial.suggest_categorical("n_reverse_samples", [4, 8, 16]),  # target_ess > 1/4
+        "n_train_particles": trial.suggest_categorical("n_train_particles", [1, 2, 4]),
         "n_sampling_steps": trial.suggest_categorical("n_sampling_steps", [3, 5, 10]),
         "policy_delay": trial.suggest_int("policy_delay", 1, 3),
         "exploration_noise": trial.suggest_float("exploration_noise", 0.02, 0.5, log=True),
@@ -77,33 +113,34 @@ def sample_sdac_params(trial: "optuna.Trial", n_actions: int, n_envs: int, addit
     trial.set_user_attr("batch_size", 2 ** params["batch_size_pow"])
     if additional_args["using_her_replay_buffer"]:
         params = sample_her_params(trial, params, additional_args["her_kwargs"])
-    return convert_sdac_params(params)
+    return convert_params(params)
 
 
-def convert_sdac_params(params: dict[str, Any]) -> dict[str, Any]:
+def convert_params(params: dict[str, Any]) -> dict[str, Any]:
     """
     What was sampled, or loaded from a trial, as arguments of the constructor.
 
-    :param params: as in :func:`sample_sdac_params`, or ``trial.params``, which has HER's arguments on the top level
-    :return: arguments of :class:`~sb3_sdac.SDAC`
+    :param params: as sampled, or ``trial.params``, which has the policy's and HER's arguments on the top level
+    :return: arguments of :class:`~sb3_sdac.SDAC` or :class:`~sb3_sdac.DPMD`
     """
     from rl_zoo3.hyperparams_opt import convert_offpolicy_params
 
     params = convert_offpolicy_params(params)
+    params["policy_kwargs"] |= {name: params.pop(name) for name in _POLICY_ARGUMENTS if name in params}
     her_kwargs = {name: params.pop(name) for name in ("n_sampled_goal", "goal_selection_strategy") if name in params}
     return {**params, "replay_buffer_kwargs": her_kwargs} if her_kwargs else params
 
 
 def add_algorithm(utils: ModuleType) -> None:
     """
-    Makes SDAC a choice for ``--algo``.
+    Makes SDAC and DPMD choices for ``--algo``.
 
     :param utils: ``rl_zoo3.utils``, whose dict of algorithms all of rl_zoo3 shares
     """
-    utils.ALGOS["sdac"] = SDAC
-    mend_hub()
+    utils.ALGOS.update(ALGORITHMS)
+    patch_hub()
     if COMMANDS["benchmark"] in sys.orig_argv:
-        mend_calls()
+        patch_calls()
 
 
 def add_search_space(hyperparams_opt: ModuleType) -> None:
@@ -112,13 +149,13 @@ def add_search_space(hyperparams_opt: ModuleType) -> None:
 
     :param hyperparams_opt: ``rl_zoo3.hyperparams_opt``
     """
-    hyperparams_opt.HYPERPARAMS_SAMPLER["sdac"] = sample_sdac_params
-    hyperparams_opt.HYPERPARAMS_CONVERTER["sdac"] = convert_sdac_params
+    hyperparams_opt.HYPERPARAMS_SAMPLER.update(sdac=sample_sdac_params, dpmd=sample_dpmd_params)
+    hyperparams_opt.HYPERPARAMS_CONVERTER.update(dict.fromkeys(ALGORITHMS, convert_params))
 
 
 def add_config(exp_manager: ModuleType) -> None:
     """
-    Makes our hyperparameters the default for SDAC, and lets ``-conf sdac_paper.yml`` find the file from any folder.
+    Makes our hyperparameters the default for our algorithms, and lets ``-conf sdac_paper.yml`` find the file from any folder.
 
     :param exp_manager: ``rl_zoo3.exp_manager``
     """
@@ -132,7 +169,7 @@ def add_config(exp_manager: ModuleType) -> None:
     @functools.wraps(original)
     def read_hyperparameters(self: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         config = Path(self.config)
-        if self.algo == "sdac" and not config.exists() and config.parent in (*zoo_folders, Path(".")):
+        if self.algo in ALGORITHMS and not config.exists() and config.parent in (*zoo_folders, Path(".")):
             embedded = HYPERPARAMS / config.name
             self.config = str(embedded) if embedded.exists() else self.config
         return original(self)
@@ -157,13 +194,13 @@ def add_checkpoints(exp_manager: ModuleType) -> None:
 
     @functools.wraps(load_agent)
     def load_agent_or_checkpoint(self: Any, hyperparams: dict[str, Any], env: "VecEnv") -> Any:
-        if self.algo != "sdac" or not is_checkpoint(self.trained_agent):
+        if self.algo not in ALGORITHMS or not is_checkpoint(self.trained_agent):
             return load_agent(self, hyperparams, env)
         # As rl_zoo3 treats a model: the architecture is the file's, the other hyperparameters are the command's. Its seed is
         # not used, as the random states are the file's
         changed = {name: value for name, value in hyperparams.items() if name not in ("policy", "policy_kwargs")}
         changed |= {"tensorboard_log": self.tensorboard_log, "verbose": self.verbose}
-        model = load_checkpoint(self.trained_agent, env, device=self.device, **changed)
+        model = load_checkpoint(self.trained_agent, env, ALGORITHMS[self.algo], self.device, **changed)
         if model.num_timesteps >= self.n_timesteps:
             raise ValueError(
                 f"{self.trained_agent} is at {model.num_timesteps} steps, and the whole run has {self.n_timesteps}: there is "
@@ -174,7 +211,7 @@ def add_checkpoints(exp_manager: ModuleType) -> None:
 
     @functools.wraps(learn)
     def learn_with_checkpoints(self: Any, model: Any) -> None:
-        if self.algo != "sdac":
+        if self.algo not in ALGORITHMS:
             return learn(self, model)
         # With copied infos the buffer holds Python objects, which no checkpoint can
         if self.save_freq > 0 and not getattr(model.replay_buffer, "copy_info_dict", False):
@@ -189,18 +226,18 @@ def add_checkpoints(exp_manager: ModuleType) -> None:
     manager._load_pretrained_agent, manager.learn = load_agent_or_checkpoint, learn_with_checkpoints
 
 
-def mend_manager(exp_manager: ModuleType) -> None:
+def patch_manager(exp_manager: ModuleType) -> None:
     """:param exp_manager: ``rl_zoo3.exp_manager``"""
     add_config(exp_manager)
     add_checkpoints(exp_manager)
 
 
-def mend_hub() -> None:
+def patch_hub() -> None:
     """
-    Mends ``push_to_hub`` and ``load_from_hub``, written for older clients of the hub (rl_zoo3 2.9.2), and their model card.
+    Lets rl_zoo3 2.9.2 push and load with today's clients of the hub, and completes its model card.
 
     A function has another name and type since sb3-team-hf-integration 3.2, and since huggingface_hub 1.0 a missing file (of an
-    agent without VecNormalize) is no longer the error that is waited for. The card of SDAC says what to install for it.
+    agent without VecNormalize) is no longer the error that is waited for. The card says what to install.
     """
     names = ("huggingface_sb3", "huggingface_sb3.push_to_hub", "huggingface_hub.repocard")
     sb3_hub, push, repocard = (vars(importlib.import_module(name)) for name in names)
@@ -231,23 +268,24 @@ def mend_hub() -> None:
 
 def add_usage(path: Path) -> None:
     """
-    Puts what to install for SDAC, and how to load the model in Python, into a model card of rl_zoo3.
+    Puts what to install for our algorithms, and how to load the model in Python, into a model card of rl_zoo3.
 
     :param path: the card, in the folder that is named like the repository; of another algorithm it stays as it is
     """
     card = path.read_text(encoding="utf-8")
-    title = re.search(r"^# \*\*SDAC\*\* Agent playing \*\*(.+)\*\*$", card, re.MULTILINE)
+    title = re.search(r"^# \*\*(SDAC|DPMD)\*\* Agent playing \*\*(.+)\*\*$", card, re.MULTILINE)
     if title is None:
         return
+    algorithm, env_id = title.groups()
     (organization,) = set(re.findall(r"-orga (\S+)", card))
     naming = importlib.import_module("huggingface_sb3.naming_schemes")
-    file_name = naming.ModelName("sdac", naming.EnvironmentName(title[1])).filename  # no slash and no namespace in it
+    file_name = naming.ModelName(algorithm.lower(), naming.EnvironmentName(env_id)).filename  # no slash and no namespace in it
     usage = f"""## Usage (in Python)
 ```python
 from huggingface_sb3 import load_from_hub
-from sb3_sdac import SDAC
+from sb3_sdac import {algorithm}
 
-model = SDAC.load(load_from_hub("{organization}/{path.parent.name}", "{file_name}"))
+model = {algorithm}.load(load_from_hub("{organization}/{path.parent.name}", "{file_name}"))
 ```
 Loading runs what the file contains, so it has to be allowed: `export TRUST_REMOTE_CODE=True`. If there is a
 `vec_normalize.pkl`, the model expects observations normalised by it, which `rl_zoo3.enjoy` sees to.
@@ -258,9 +296,9 @@ Loading runs what the file contains, so it has to be allowed: `export TRUST_REMO
     path.write_text(card, encoding="utf-8")
 
 
-def mend_calls() -> None:
+def patch_calls() -> None:
     """
-    Mends commands of rl_zoo3 that start others. ``benchmark`` starts ``python enjoy.py``, a file of rl_zoo3's repository, so
+    Patches commands of rl_zoo3 that start others. ``benchmark`` starts ``python enjoy.py``, a file of rl_zoo3's repository, so
     that elsewhere it would skip every agent; ``record_training`` starts a ``python -m`` that may not know SDAC.
     """
     call = subprocess.call
@@ -279,35 +317,32 @@ def mend_calls() -> None:
 REGISTRATIONS: dict[str, Callable[[ModuleType], None]] = {
     "rl_zoo3.utils": add_algorithm,
     "rl_zoo3.hyperparams_opt": add_search_space,
-    "rl_zoo3.exp_manager": mend_manager,
+    "rl_zoo3.exp_manager": patch_manager,
 }
 
 
 def register() -> None:
     """
-    Makes rl_zoo3 know SDAC; does no harm if it does already.
+    Makes rl_zoo3 know SDAC and DPMD; does no harm if it does already.
 
     :raises ModuleNotFoundError: without rl_zoo3
     """
-    try:
-        importlib.import_module("rl_zoo3")
-    except ModuleNotFoundError as error:
-        if error.name != "rl_zoo3":
-            raise
-        raise ModuleNotFoundError('rl_zoo3 is not installed: pip install "sb3_sdac[zoo]"', name="rl_zoo3") from error
+    require("rl_zoo3", "zoo", "sb3_sdac.zoo")
     for name, add in REGISTRATIONS.items():
         add(importlib.import_module(name))
 
 
 def main() -> None:
     """``python -m sb3_sdac.zoo train ...``: a command of rl_zoo3, after :func:`register`."""
-    parser = argparse.ArgumentParser(prog="python -m sb3_sdac.zoo", description="A command of rl_zoo3, with SDAC registered.")
+    parser = argparse.ArgumentParser(
+        prog="python -m sb3_sdac.zoo", description="A command of rl_zoo3, with SDAC and DPMD registered."
+    )
     parser.add_argument("command", choices=list(COMMANDS), help="python -m rl_zoo3.<command>")
     parser.add_argument("args", nargs=argparse.REMAINDER, help="arguments of the command, for instance --algo sdac --help")
     arguments = parser.parse_args()
     register()
     if arguments.command in ("benchmark", "record_training"):
-        mend_calls()
+        patch_calls()
     sys.argv = [sys.argv[0], *arguments.args]
     runpy.run_module(COMMANDS[arguments.command], run_name="__main__", alter_sys=True)
 

@@ -12,9 +12,9 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-from counting import CountingEnv
 from gymnasium import spaces
-from reading import nothing_read_back
+from helpers.counting import CountingEnv
+from helpers.reading import nothing_read_back
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv
@@ -709,7 +709,7 @@ def test_buffer_of_other_spaces(tmp_path: Path) -> None:
             ValueError, match=rf"{name}\.pkl is a replay buffer of observations in .*, but the model's are in Box"
         ):
             load_buffer(model, tmp_path / f"{name}.pkl")
-    env = gym.wrappers.RescaleAction(gym.make("Pendulum-v1"), -1, 1)
+    env = gym.wrappers.RescaleAction(gym.make("Pendulum-v1"), np.float32(-1), np.float32(1))
     small_model(env).save_replay_buffer(tmp_path / "scaled.pkl")
     with pytest.raises(ValueError, match=r"scaled\.pkl is a replay buffer of actions in .*, but the model's are in"):
         load_buffer(model, tmp_path / "scaled.pkl")

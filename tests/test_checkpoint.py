@@ -290,7 +290,8 @@ path, env = Path(sys.argv[1]), make_vec_env("Pendulum-v1", n_envs=2)
 if path.exists():
     model = load_checkpoint(path, env)
 else:
-    model = SDAC("MlpPolicy", env, buffer_size=20_000, learning_starts=20, batch_size=8, policy_kwargs=dict(net_arch=[8]))
+    kwargs = dict(learning_starts=20, batch_size=8, policy_kwargs=dict(net_arch=[8]), compile=False)
+    model = SDAC("MlpPolicy", env, buffer_size=20_000, **kwargs)
 print("at", model.num_timesteps, model.replay_buffer.size() * 2, flush=True)
 model.learn(1_000_000, SaveCheckpoint(path, 4), log_interval=10**6, reset_num_timesteps=False)
 """

@@ -5,34 +5,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch as th
+from helpers.models import make_model
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.noise import NormalActionNoise
 
-from sb3_sdac import SDAC
-
-SMALL: dict[str, Any] = {
-    "n_diffusion_steps": 5,
-    "n_sampling_steps": 2,
-    "n_particles": 2,
-    "n_reverse_samples": 8,
-    "batch_size": 8,
-    "buffer_size": 100,
-    "learning_starts": 20,
-    "policy_kwargs": {"net_arch": [16]},
-}
+from sb3_sdac import DPMD
 
 
 def trained(seed: int, callback: BaseCallback | None = None, n_envs: int = 1, **kwargs: Any) -> dict[str, Any]:
     """Everything a training leaves behind, as arrays."""
-    model = SDAC("MlpPolicy", make_vec_env("Pendulum-v1", n_envs), seed=seed, **{**SMALL, **kwargs})
+    model = make_model(make_vec_env("Pendulum-v1", n_envs), seed=seed, learning_starts=20, **kwargs)
     model.learn(40, callback=callback)
     buffer = model.replay_buffer
     assert isinstance(buffer, ReplayBuffer) and model._n_updates > 0
     names = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
     arrays = {name: getattr(buffer, name)[: buffer.pos] for name in names}
-    return {**arrays, **{name: value.numpy() for name, value in model.policy.state_dict().items()}}
+    parts = {**model.policy.state_dict(), **model.update.reward_statistics.state_dict()}
+    if isinstance(model, DPMD):
+        parts.update(model.update.q_statistics.state_dict())
+    return {**arrays, **{name: value.numpy() for name, value in parts.items()}}
 
 
 def assert_equal(first: dict[str, Any], second: dict[str, Any]) -> None:
@@ -45,11 +38,14 @@ def assert_equal(first: dict[str, Any], second: dict[str, Any]) -> None:
     "kwargs",
     [
         {},
-        {"score_matching": "mirror_descent", "ent_coef": "paper", "average_actor": True},
-        {"anchor": "current", "proposal": "clipped_normal", "score_matching": "reverse_sampling", "eta": 1.0},
+        {"algorithm": DPMD, "policy_kwargs": {"average_actor": True}},
+        {
+            **{"noised_actions": "current", "proposal": "clipped_normal", "score_matching": "reverse_sampling"},
+            "policy_kwargs": {"eta": 1.0, "batch_norm": False, "n_bins": 1},
+        },
         {"n_envs": 2, "gradient_steps": -1, "action_noise": NormalActionNoise(np.zeros(1), np.ones(1)), "n_steps": 3},
     ],
-    ids=["default", "mirror descent", "paper", "envs"],
+    ids=["default", "DPMD", "paper", "envs"],
 )
 def test_same_seed_same_training(kwargs: dict[str, Any]) -> None:
     first = trained(seed=0, **kwargs)
@@ -63,11 +59,11 @@ def test_same_seed_same_training(kwargs: dict[str, Any]) -> None:
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_evaluation_does_not_disturb_training(eta: float) -> None:
     """Deterministic predictions consume no random numbers; stochastic ones do, which shows that the test can fail."""
-    alone = trained(seed=0, eta=eta)
+    alone = trained(seed=0, policy_kwargs={"eta": eta})
     for deterministic in (True, False):
         env = make_vec_env("Pendulum-v1", env_kwargs={"max_episode_steps": 5}, seed=9)
         callback = EvalCallback(env, eval_freq=7, n_eval_episodes=2, deterministic=deterministic, verbose=0)
-        watched = trained(seed=0, callback=callback, eta=eta)
+        watched = trained(seed=0, callback=callback, policy_kwargs={"eta": eta})
         assert callback.n_calls == 40 and np.isfinite(callback.last_mean_reward)
         if deterministic:
             assert_equal(alone, watched)

@@ -8,7 +8,8 @@ import torch as th
 from torch import nn
 from torch.nn import functional as F
 
-from sb3_sdac.mish import Mish
+from sb3_sdac.compilation import has_bfloat16, rounded_products
+from sb3_sdac.layers import Mish, NormLimit
 from sb3_sdac.networks import (
     TIME_DIM,
     CriticEnsemble,
@@ -18,7 +19,6 @@ from sb3_sdac.networks import (
     lecun_normal_,
     sinusoidal_embedding,
 )
-from sb3_sdac.normalisation import NormLimit
 
 B, N, F_DIM, A = 6, 4, 5, 3
 #: Distributions and plain values, with normalised inputs and without, several layers and none
@@ -214,3 +214,56 @@ def test_no_observation_at_all(n_actions: int | None) -> None:
         ensemble = make_ensemble(**kwargs)
         shape = (0,) if n_actions is None else (0, n_actions)
         assert ensemble(ensemble.encode(th.zeros(0, F_DIM)), th.zeros(*shape, A)).shape == (3, *shape)
+
+
+@pytest.mark.parametrize("n_bins", [1, 11])
+@th.no_grad()
+def test_running_statistics_approach_those_of_the_batch(n_bins: int) -> None:
+    """Folded into the layers they give what normalising the batch itself gives, once they have seen enough of it."""
+    ensemble = make_ensemble(batch_norm=True, n_bins=n_bins)
+    features, actions = 3 * th.randn(4096, F_DIM) + 1, 2 * th.rand(4096, A) - 1
+    before = ensemble(ensemble.encode(features), actions)
+    for _ in range(1000):
+        values = ensemble.values(ensemble.normalise_batch(features, actions))
+    assert (before - values).abs().max() > 0.1
+    th.testing.assert_close(ensemble(ensemble.encode(features), actions), values, rtol=1e-3, atol=2e-3)
+
+
+@th.no_grad()
+def test_few_rows_are_normalised_like_many() -> None:
+    """Layers scale their inputs where these are fewer than the weights, and else their weights; the values are the same."""
+    ensemble = make_ensemble(batch_norm=True)
+    features, actions = 3 * th.randn(64, F_DIM) + 1, 2 * th.rand(64, A) - 1
+    many = ensemble(ensemble.encode(features), actions)
+    few = [ensemble(ensemble.encode(features[i : i + 2]), actions[i : i + 2]) for i in range(0, 64, 2)]
+    th.testing.assert_close(th.cat(few, dim=1), many, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kwargs", ENSEMBLES, ids=str)
+def test_outputs_by_difference_are_the_outputs(kwargs: dict[str, Any]) -> None:
+    """And so is the gradient of each with respect to its own action, among them the first, from which the others differ."""
+    ensemble = make_ensemble(**kwargs)
+    features, actions = inputs(N)
+    results = []
+    for outputs in (ensemble.outputs, ensemble.outputs_by_difference):
+        x = actions.clone().requires_grad_()
+        found = outputs(ensemble.encode(features), x)
+        results.append((found, *th.autograd.grad(ensemble.values(found).sum(), x)))
+    th.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not has_bfloat16(th.device("cpu")), reason="products of float32 are not rounded on this processor")
+@pytest.mark.parametrize("n_bins", [1, 101])
+@th.no_grad()
+def test_rounded_products_keep_differences(n_bins: int) -> None:
+    """Of values that lie close together far from 0, where their distributions are worth hundreds."""
+    ensemble = make_ensemble(batch_norm=True, n_bins=n_bins, max_value=200.0, net_arch=[64, 64])
+    features, actions = inputs(N)
+    results = []
+    for rounded in (False, True):
+        with rounded_products(rounded):
+            encoded = ensemble.encode(features)
+            results.append(ensemble.values(ensemble.outputs_by_difference(encoded, actions)))
+    exact, found = ((values - values[..., :1])[..., 1:] for values in results)
+    assert not th.equal(exact, found)
+    assert (found - exact).square().mean() < 0.02**2 * exact.square().mean()

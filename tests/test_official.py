@@ -18,7 +18,7 @@ from gymnasium import spaces
 from stable_baselines3.common.evaluation import evaluate_policy
 from torch import nn
 
-from sb3_sdac import PAPER_DPMD, SDAC
+from sb3_sdac import DPMD, PAPER_DPMD, SDAC
 from sb3_sdac.official import load_official, read_official
 
 ARRAYS = np.load(Path(__file__).parent / "data" / "official_sdac.npz")
@@ -80,15 +80,16 @@ def test_particles_best_action_and_q_are_the_authors(checkpoint: Path) -> None:
     for actor, critic in ((model.actor_target, model.critic), (model.actor, model.critic_target)):
         particles = actor.sample(actor.encode(array("next_obs")), x_T, step_noise)
         np.testing.assert_allclose(particles.transpose(0, 1), ARRAYS["sample/particles"], atol=2e-5, rtol=2e-5)
-        q_values = critic.q(critic.encode(array("next_obs")), particles)
+        q_values = model.policy.pessimistic(critic.q_values(critic.encode(array("next_obs")), particles))
         np.testing.assert_allclose(q_values.T, ARRAYS["sample/particle_q"], atol=2e-5, rtol=2e-5)
-    best = model.policy.best_of(model.critic.encode(array("next_obs")), particles)
+    best = model.policy.best_of(lambda: model.critic.encode(array("next_obs")), particles)
     np.testing.assert_allclose(best, ARRAYS["sample/best_action"], atol=2e-5, rtol=2e-5)
     q1, q2 = model.critic(array("obs"), array("actions"))
     np.testing.assert_allclose(q1.squeeze(1), ARRAYS["net/q1"], atol=2e-6, rtol=2e-5)
     np.testing.assert_allclose(q2.squeeze(1), ARRAYS["net/q2"], atol=2e-6, rtol=2e-5)
     assert model.ent_coef_tensor.item() == pytest.approx(ARRAYS["critic/alpha"], rel=1e-6)
-    assert (model.n_particles, model.n_sampling_steps, model.eta, model.policy.activation_fn) == (32, 20, 1.0, nn.Mish)
+    policy = model.policy
+    assert (policy.n_particles, policy.n_sampling_steps, policy.eta, policy.activation_fn) == (32, 20, 1.0, nn.Mish)
 
 
 @pytest.mark.parametrize("protocol", [3, 4, 5])
@@ -270,19 +271,22 @@ def test_wrong_spaces_and_arguments(checkpoint: Path) -> None:
     with pytest.raises(ValueError, match="leave net_arch out"):
         load_official(checkpoint, SPACES, policy_kwargs={"net_arch": [64]})
     with pytest.raises(ValueError, match="leave batch_norm out"):
-        load_official(checkpoint, SPACES, batch_norm=True)
+        load_official(checkpoint, SPACES, policy_kwargs={"batch_norm": True})
     with pytest.raises(ValueError, match="leave n_bins out"):  # the authors' last layer would go into every bin
-        load_official(checkpoint, SPACES, n_bins=101)
+        load_official(checkpoint, SPACES, policy_kwargs={"n_bins": 101})
     with pytest.raises(ValueError, match="beta_schedule must be one of"):
-        load_official(checkpoint, SPACES, beta_schedule="quadratic")
+        load_official(checkpoint, SPACES, policy_kwargs={"beta_schedule": "quadratic"})
+    with pytest.raises(TypeError, match=r"n_particles.*it is the policy's"):
+        load_official(checkpoint, SPACES, n_particles=4)
 
 
 @pytest.mark.parametrize("widths", [([8], [9]), ([7, 8, 9, 10], [6, 5])])
 def test_any_width_and_depth(tmp_path: Path, widths: tuple[list[int], list[int]]) -> None:
     """A checkpoint written from a model of ours is that model; the time embedding's layers are counted first."""
     env = ReferenceEnv()
-    arguments: dict[str, Any] = {"policy_kwargs": {"net_arch": {"pi": widths[0], "qf": widths[1]}}, "buffer_size": 10}
-    model = SDAC("MlpPolicy", env, **{**PAPER_DPMD, **arguments, "beta_schedule": "cosine"})
+    own = {"activation_fn": nn.SiLU, "beta_schedule": "cosine"}  # unlike the preset's
+    policy_kwargs = {**PAPER_DPMD["policy_kwargs"], **own, "net_arch": {"pi": widths[0], "qf": widths[1]}}
+    model = DPMD("MlpPolicy", env, **{**PAPER_DPMD, "policy_kwargs": policy_kwargs, "buffer_size": 10})
     net, critics = model.actor.noise_predictor, model.critic.q_networks
     linear = [layer for layer in [*net.time_mlp, net.first, *net.rest] if isinstance(layer, nn.Linear)]
     actor = {
@@ -301,17 +305,17 @@ def test_any_width_and_depth(tmp_path: Path, widths: tuple[list[int], list[int]]
         for c in range(2)
     )
     path = write(tmp_path / "policy.pkl", (actor, np.float32(0.5), q1, q2))
-    activation = {"activation_fn": nn.SiLU}  # as `model`, whose policy_kwargs replaced the preset's
-    loaded = load_official(path, env, **{**PAPER_DPMD, "policy_kwargs": activation, "beta_schedule": "cosine"})
+    loaded = load_official(path, env, DPMD, policy_kwargs=own)
     obs = np.random.default_rng(0).standard_normal((20, OBS_DIM)).astype(np.float32)
     expected, _ = model.predict(obs, deterministic=True)
     found, _ = loaded.predict(obs, deterministic=True)
-    assert (found == expected).all() and loaded.score_matching == "mirror_descent"
+    assert (found == expected).all() and isinstance(loaded, DPMD)
 
 
 def test_saved_evaluated_and_trained_on(checkpoint: Path, tmp_path: Path) -> None:
     env = ReferenceEnv()
-    model = load_official(checkpoint, env, learning_starts=10, batch_size=8, buffer_size=100, n_particles=4)
+    small: dict[str, Any] = {"learning_starts": 10, "batch_size": 8, "buffer_size": 100, "policy_kwargs": {"n_particles": 4}}
+    model = load_official(checkpoint, env, **small)
     obs = np.zeros(OBS_DIM, dtype=np.float32)
     before, _ = model.predict(obs, deterministic=True)
     model.save(tmp_path / "model")
@@ -321,7 +325,7 @@ def test_saved_evaluated_and_trained_on(checkpoint: Path, tmp_path: Path) -> Non
     loaded.learn(20)
     assert loaded._n_updates > 0 and (loaded.predict(obs, deterministic=True)[0] != before).any()
 
-    without_env = load_official(checkpoint, SPACES, n_particles=4, learning_starts=10, batch_size=8, buffer_size=100)
+    without_env = load_official(checkpoint, SPACES, **small)
     assert (without_env.predict(obs, deterministic=True)[0] == before).all()
     without_env.set_env(env)
     assert without_env.learn(20)._n_updates > 0
@@ -332,4 +336,4 @@ def test_fixed_temperature_stays(checkpoint: Path) -> None:
 
 
 def test_without_averaged_actor(checkpoint: Path) -> None:
-    assert load_official(checkpoint, SPACES, average_actor=False).actor_target is None
+    assert load_official(checkpoint, SPACES, policy_kwargs={"average_actor": False}).actor_target is None

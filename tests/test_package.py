@@ -1,13 +1,14 @@
 """What is shipped, what it costs at start-up, and which module may import which."""
 
-import ast
 import os
 import py_compile
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
+import venv
 import zipfile
 from pathlib import Path
 
@@ -17,26 +18,16 @@ import sb3_sdac
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sb3_sdac"
-#: Each may import the ones before it
-LAYERS = [
-    *["diffusion", "score_matching", "networks", "policies", "compilation", "buffers", "sdac"],
-    *["checkpoint", "export", "official", "plotting", "zoo"],
-]
-DATA = ["sb3_sdac/py.typed", "sb3_sdac/version.txt", "sb3_sdac/hyperparams/sdac.yml", "sb3_sdac/hyperparams/sdac_paper.yml"]
+CONFIGS = [f"sb3_sdac/hyperparams/{path.name}" for path in (ROOT / "hyperparams").glob("*.yml")]
+DATA = ["sb3_sdac/py.typed", "sb3_sdac/version.txt", *CONFIGS]
 HOOK = ["sb3_sdac_zoo_hook.pth", "sb3_sdac_zoo_hook.py"]
 
 
-def imported_modules(path: Path) -> set[str]:
-    """The full names in the import statements of a file, wherever they stand."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0 and node.module is not None, f"relative import in {path}"
-            # `from sb3_sdac import zoo` imports sb3_sdac.zoo
-            names |= {f"{node.module}.{alias.name}" if node.module == "sb3_sdac" else node.module for alias in node.names}
-    return names
+def copy_source(target: Path) -> Path:
+    """A clone's files, without what was built or trained in it."""
+    not_source = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "logs", "runs")
+    shutil.copytree(ROOT, target, ignore=not_source)
+    return target
 
 
 def run_python(code: str, *options: str) -> str:
@@ -47,24 +38,6 @@ def run_python(code: str, *options: str) -> str:
 def test_version_and_public_names():
     assert re.fullmatch(r"\d+\.\d+\.\d+", sb3_sdac.__version__)
     assert all(hasattr(sb3_sdac, name) for name in sb3_sdac.__all__)
-
-
-@pytest.mark.parametrize("module", ["diffusion", "score_matching"])
-def test_maths_imports_torch_and_standard_library_only(module):
-    packages = {name.split(".")[0] for name in imported_modules(PACKAGE / f"{module}.py")}
-    assert packages <= {"torch", "sb3_sdac"} | sys.stdlib_module_names
-
-
-@pytest.mark.parametrize("module", LAYERS)
-def test_imports_point_one_way(module):
-    allowed = {f"sb3_sdac.{layer}" for layer in LAYERS[: LAYERS.index(module)]}
-    own = {name for name in imported_modules(PACKAGE / f"{module}.py") if name.startswith("sb3_sdac.")}
-    # `python -m sb3_sdac.zoo` imports itself by its full name
-    assert own - {f"sb3_sdac.{module}.main"} - ({"sb3_sdac.zoo"} if module == "zoo" else set()) <= allowed
-
-
-def test_every_module_has_a_layer():
-    assert {path.stem for path in PACKAGE.glob("*.py")} == {*LAYERS, "__init__"}
 
 
 def test_import_leaves_rl_zoo3_alone():
@@ -100,9 +73,7 @@ def test_hook_can_be_switched_off(monkeypatch):
 @pytest.mark.slow
 def test_sdist_and_wheel(tmp_path):
     """The wheel is built from the sdist, so that the sdist has to be complete."""
-    source = tmp_path / "source"
-    not_source = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "logs", "runs")
-    shutil.copytree(ROOT, source, ignore=not_source)
+    source = copy_source(tmp_path / "source")
     command = [sys.executable, "-W", "ignore", "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(source)]
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PIP_NO_INDEX": "1"})
     assert result.returncode == 0, result.stdout + result.stderr
@@ -116,6 +87,38 @@ def test_sdist_and_wheel(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         in_wheel = set(archive.namelist())
         [record] = (archive.read(name).decode() for name in in_wheel if name.endswith("/RECORD"))
-    assert {*DATA, *HOOK, *(f"sb3_sdac/{layer}.py" for layer in LAYERS)} <= in_wheel
+    assert {*DATA, *HOOK, *(f"sb3_sdac/{path.name}" for path in PACKAGE.glob("*.py"))} <= in_wheel
     assert {name.split("/")[0] for name in in_wheel} == {"sb3_sdac", f"sb3_sdac-{sb3_sdac.__version__}.dist-info", *HOOK}
+    assert {name for name in in_wheel if name.endswith(".yml")} == set(CONFIGS)
     assert all(f"\n{name}," in f"\n{record}" for name in in_wheel)  # what pip uninstall removes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [["-e"], []], ids=["editable", "plain"])
+def test_installed_from_a_clone(options, tmp_path):
+    """Into an environment of its own, and imported from the folder above the clone, whose name is the package's."""
+    clone = copy_source(tmp_path / "sb3_sdac")
+    builder = venv.EnvBuilder(symlinks=os.name != "nt", with_pip=False)
+    builder.create(tmp_path / "venv")
+    context = builder.ensure_directories(tmp_path / "venv")
+    [site_packages] = (tmp_path / "venv").glob("**/site-packages")
+    # The tests' own packages, but not what their .pth files add: an editable install of this very package
+    packages = sysconfig.get_path("purelib")
+    (site_packages / "tests.pth").write_text(packages, encoding="utf-8")
+
+    def run(*arguments):
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"PIP_NO_INDEX": "1"}
+        command = [context.env_exe, *arguments]
+        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+
+    run("-m", "pip", "install", "-q", "--ignore-installed", "--no-deps", "--no-build-isolation", *options, "./sb3_sdac")
+    code = "from sb3_sdac import SDAC, zoo; print(SDAC.__module__, zoo.HYPERPARAMS, *sorted(zoo.HYPERPARAMS.glob('*.yml')))"
+    module, folder, *configs = run("-c", code).split()
+    assert module == "sb3_sdac.sdac"
+    home = clone / "hyperparams" if options else site_packages / "sb3_sdac" / "hyperparams"
+    assert Path(folder).resolve() == home.resolve()
+    assert {Path(config).name for config in configs} == {Path(config).name for config in CONFIGS}
+    # The start-up hook is what only a plain install has
+    assert run("-c", "import sys; print('sb3_sdac_zoo_hook' in sys.modules)").strip() == str(not options)

@@ -14,16 +14,17 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from logged import logged
-from stable_baselines3.common.logger import configure
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch import nn
 
-from sb3_sdac import PAPER_DPMD, PAPER_SDAC, SDAC
+from sb3_sdac import DPMD, PAPER_DPMD, PAPER_SDAC, SDAC, DiffusionPolicy
 from sb3_sdac import score_matching as sm
 from sb3_sdac.diffusion import GaussianDiffusion, cosine_betas, linear_betas
-from sb3_sdac.networks import EnsembleLinear, Mish, NoisePredictor
+from sb3_sdac.dpmd import mirror_descent_weights
+from sb3_sdac.layers import EnsembleLinear, Mish
+from sb3_sdac.networks import NoisePredictor
 from sb3_sdac.official import Layers, set_critics, set_noise_predictor
+from sb3_sdac.temperature import Temperature
 
 ARRAYS = np.load(Path(__file__).parent / "data" / "official_sdac.npz")
 OBS_DIM, ACTION_DIM, WIDTH, BATCH, N, K, T = ARRAYS["meta/obs_dim_act_dim_hidden_B_P_K_T"].tolist()
@@ -63,12 +64,12 @@ class ReferenceEnv(gym.Env[np.ndarray, np.ndarray]):
     action_space = spaces.Box(-1, 1, (ACTION_DIM,))
 
 
-def make_model(preset: dict[str, Any]) -> SDAC:
-    policy_kwargs = {**preset["policy_kwargs"], "net_arch": [WIDTH] * 3, "n_critics": 2}
-    sizes = {"n_particles": N, "n_reverse_samples": K, "buffer_size": 10}
-    arguments = {**preset, **sizes, "policy_kwargs": policy_kwargs, "mixed_precision": False}
-    model = SDAC("MlpPolicy", ReferenceEnv(), **arguments)
-    model.set_logger(configure(None, []))
+def make_model(algorithm: type[SDAC], preset: dict[str, Any]) -> Any:
+    policy_kwargs = {**preset["policy_kwargs"], "net_arch": [WIDTH] * 3, "n_particles": N}
+    arguments = {**preset, "policy_kwargs": policy_kwargs, "buffer_size": 10, "mixed_precision": False}
+    if "n_reverse_samples" in preset:
+        arguments["n_reverse_samples"] = K
+    model = algorithm("MlpPolicy", ReferenceEnv(), **arguments)
     set_noise_predictor(model.actor.noise_predictor, official_layers("actor/dacer_policy_net"))
     set_critics(model.critic.q_networks, [official_layers("q1/q_net"), official_layers("q2/q_net")])
     assert model.critic_target is not None
@@ -79,8 +80,8 @@ def make_model(preset: dict[str, Any]) -> SDAC:
 
 
 @pytest.fixture
-def model() -> SDAC:
-    return make_model(PAPER_SDAC)
+def model() -> Any:
+    return make_model(SDAC, PAPER_SDAC)
 
 
 @pytest.mark.parametrize(("name", "betas"), [("linear", linear_betas(T)), ("cosine", cosine_betas(T))])
@@ -98,7 +99,7 @@ def test_schedule(name: str, betas: th.Tensor) -> None:
 
 
 @th.no_grad()
-def test_networks(model: SDAC) -> None:
+def test_networks(model: Any) -> None:
     predicted = model.actor.predict_noise(model.actor.encode(array("obs")), array("net/x_t"), array("net/t").unsqueeze(1))
     assert_matches(predicted, "net/noise_pred")
     q_values = model.critic.q_values(model.critic.encode(array("obs")), array("actions"))
@@ -107,16 +108,16 @@ def test_networks(model: SDAC) -> None:
 
 
 @th.no_grad()
-def test_sampling_and_best_of_n(model: SDAC) -> None:
+def test_sampling_and_best_of_n(model: Any) -> None:
     # Reference (N, B, A) and (T, N, B, A) -> ours (B, N, A) and (T, B, N, A)
     x_T, step_noise = array("sample/x_T").transpose(0, 1), array("sample/step_noise").transpose(1, 2)
     particles = model.actor.sample(model.actor.encode(array("next_obs")), x_T, step_noise)
     # Rounding grows along 20 steps of up to 1 / sqrt(abar_19) = 1e3 each; clipping keeps it in bounds
     assert_matches(particles.transpose(0, 1), "sample/particles", atol=2e-5)
     encoded = model.critic.encode(array("next_obs"))
-    assert_matches(model.critic.q(encoded, particles).T, "sample/particle_q", atol=2e-5)
-    assert (model.critic.q(encoded, particles).argmax(1) == array("sample/best_index")).all()
-    assert_matches(model.policy.best_of(encoded, particles), "sample/best_action", atol=2e-5)
+    assert_matches(model.policy.q(encoded, particles).T, "sample/particle_q", atol=2e-5)
+    assert (model.policy.q(encoded, particles).argmax(1) == array("sample/best_index")).all()
+    assert_matches(model.policy.best_of(lambda: encoded, particles), "sample/best_action", atol=2e-5)
 
 
 class Draws:
@@ -138,78 +139,69 @@ def replay_data() -> ReplayBufferSamples:
     return ReplayBufferSamples(observations, actions, next_observations, dones.unsqueeze(1), rewards.unsqueeze(1), None)
 
 
-def test_td_target_and_critic_losses(model: SDAC, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_td_target_and_critic_losses(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next actions as the update draws them, and the critic loss that is logged, for two critics together."""
     draws = Draws(monkeypatch)
     x_T, step_noise = array("sample/x_T").transpose(0, 1), array("sample/step_noise").transpose(1, 2)
-    draws.queue = [x_T / model.init_noise_scale, step_noise, array("critic/exploration_noise")]
-    with th.no_grad():
-        encoded = model.critic.encode(array("next_obs"))
-        next_actions = model._sample_actions(model.actor.encode(array("next_obs")), encoded)
+    queue = [x_T / model.policy.init_noise_scale, step_noise, array("critic/exploration_noise")]
+    draws.queue = list(queue)
+    options, data = model.update_options(), replay_data()
+    next_actions = model.update.draw_actions(model.actor.encode(array("next_obs")), array("next_obs"), options)
     assert_matches(next_actions, "critic/next_actions", atol=2e-5)
     assert next_actions.abs().max() > 1  # as the authors', not clipped
 
-    draws.queue = [x_T / model.init_noise_scale, step_noise, array("critic/exploration_noise")]
-    outputs = []
-    original = model.critic.outputs
-
-    def record(*args: Any, **kwargs: Any) -> th.Tensor:
-        outputs.append(original(*args, **kwargs))
-        return outputs[-1]
-
-    monkeypatch.setattr(model.replay_buffer, "sample", lambda *args, **kwargs: replay_data())
-    monkeypatch.setattr(model.critic, "outputs", record)
-    model._n_updates = 1  # neither actor nor temperature nor targets are stepped on this one
-    model.train(1)
+    outputs, _ = model.update.critic_outputs(data, next_actions)
+    draws.queue = list(queue)
+    metrics = model.update(data, options, step_actor=False, step_targets=False)
     losses = float(ARRAYS["critic/q1_loss"]) + float(ARRAYS["critic/q2_loss"])
-    assert logged(model)["critic_loss"] == pytest.approx(losses, rel=2e-5)
+    assert metrics["critic_loss"].item() == pytest.approx(losses, rel=2e-5)
     # The same from the reference's own target: mean squared distance of each critic to it
-    (current_q,) = (model.critic.values(each) for each in outputs)
+    current_q = model.critic.values(outputs.detach())
     for index, name in enumerate(["critic/q1_loss", "critic/q2_loss"]):
-        assert_matches((current_q[index] - array("critic/target_q")).square().mean().detach(), name)
+        assert_matches((current_q[index] - array("critic/target_q")).square().mean(), name)
 
 
-def test_reverse_sampling(model: SDAC, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reverse_sampling(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """x_t, candidates, weights, loss and the gradient of every actor array, through the update's own method."""
     t = array("reverse/t").unsqueeze(1)
-    diffusion = model.actor.diffusion
+    diffusion = model.actor.sampler.diffusion
     x_t = diffusion.q_sample(array("reverse/a_0"), t, array("reverse/forward_noise"))
     assert_matches(x_t, "reverse/x_t")
     x_0, _ = sm.clipped_normal_candidates(diffusion, array("reverse/x_t"), t, array("reverse/noise"))
     # At t = 19 x_0 is the difference of two numbers of size 1e3, then clipped
     assert_matches(x_0, "reverse/x_0", atol=2e-4)
     with th.no_grad():
-        q_values = model.critic.q(model.critic.encode(array("obs")), array("reverse/x_0"))
+        q_values = model.policy.q(model.critic.encode(array("obs")), array("reverse/x_0"))
     # The authors multiply Q by 5 / alpha; our temperature is alpha times the reward scale of 0.2
-    assert_matches(sm.softmax_weights(q_values, model.reward_scale_tensor * ALPHA), "reverse/weights")
+    assert_matches(sm.softmax_weights(q_values, model.reward_scale * ALPHA), "reverse/weights")
 
     draws = Draws(monkeypatch)
     draws.queue = [t, array("reverse/forward_noise"), array("reverse/noise")]
-    encoded = model.critic.encode(array("obs")).detach()
-    loss, _ = model._score_matching_loss(model.actor.encode(array("obs")), encoded, array("reverse/a_0"))
+    encoded, options = model.actor.encode(array("obs")), model.update_options()
+    loss, _ = model.update.score_matching_loss(encoded, array("obs"), array("reverse/a_0"), options)
     assert_matches(loss.detach(), "reverse/loss", rtol=5e-5)
     loss.backward()
     check_gradients(model, "reverse")
 
 
 def test_mirror_descent(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make_model(PAPER_DPMD)
-    model.q_running_mean, model.q_running_std = array("mirror/running_mean"), array("mirror/running_std")
+    model = make_model(DPMD, PAPER_DPMD)
+    model.update.q_statistics.mean.copy_(array("mirror/running_mean"))
+    model.update.q_statistics.std.copy_(array("mirror/running_std"))
     draws = Draws(monkeypatch)
     draws.queue = [array("mirror/t").unsqueeze(1), array("mirror/noise")]
     next_actions = array("critic/next_actions")
     with th.no_grad():
-        encoded = model.critic.encode(array("next_obs"))
-        q_values = model.critic.q(encoded, next_actions).unsqueeze(1)
-    weights = sm.mirror_descent_weights(q_values, array("mirror/running_mean"), array("mirror/running_std"), ALPHA)
-    assert_matches(weights.squeeze(1), "mirror/weights")
-    loss, _ = model._score_matching_loss(model.actor.encode(array("next_obs")), encoded, next_actions)
+        q_values = model.policy.q(model.critic.encode(array("next_obs")), next_actions)
+    weights = mirror_descent_weights(q_values, array("mirror/running_mean"), array("mirror/running_std"), ALPHA)
+    assert_matches(weights, "mirror/weights")
+    loss, _ = model.update.mirror_descent_loss(model.actor.encode(array("next_obs")), q_values, next_actions)
     assert_matches(loss.detach(), "mirror/loss", rtol=5e-5)
     loss.backward()
     check_gradients(model, "mirror")
 
 
-def check_gradients(model: SDAC, kind: str) -> None:
+def check_gradients(model: Any, kind: str) -> None:
     for index, layer in enumerate(noise_predictor_layers(model.actor.noise_predictor)):
         assert layer.weight.grad is not None and layer.bias.grad is not None
         prefix = f"{kind}/grad/dacer_policy_net/{layer_name(index)}"
@@ -220,20 +212,18 @@ def check_gradients(model: SDAC, kind: str) -> None:
 
 @pytest.mark.parametrize("action_dim", [1, 3])
 def test_alpha_curve(action_dim: int) -> None:
-    env = ReferenceEnv()
-    env.action_space = spaces.Box(-1, 1, (action_dim,))
-    model = SDAC("MlpPolicy", env, buffer_size=10, **{**PAPER_SDAC, "policy_kwargs": {"net_arch": [4]}})
-    assert model._target_entropy is not None
-    model.policy.double()
-    alphas = [model.ent_coef_tensor.item()]
+    exploration_noise = PAPER_SDAC["policy_kwargs"]["exploration_noise"]
+    log_alpha = nn.Parameter(th.zeros((), dtype=th.float64), requires_grad=False)
+    temperature = Temperature(PAPER_SDAC["ent_coef"], log_alpha, action_dim)
+    alphas = [log_alpha.exp().item()]
     for _ in range(800):
-        model._step_paper_temperature(model._target_entropy)
-        alphas.append(model.ent_coef_tensor.item())
+        temperature.step(0, exploration_noise)
+        alphas.append(log_alpha.exp().item())
     # The reference ran in float32: 800 steps of 7e-3, each rounded
     assert_matches(np.array(alphas), f"alpha/trajectory_dim{action_dim}", rtol=1e-4)
 
 
-def test_actor_learning_rate(model: SDAC) -> None:
+def test_actor_learning_rate(model: Any) -> None:
     rates = []
     for n_updates in ARRAYS["policy_lr/at_actor_update"].tolist():
         model._n_actor_updates = n_updates
@@ -241,34 +231,22 @@ def test_actor_learning_rate(model: SDAC) -> None:
     assert_matches(np.array(rates), "policy_lr/value", atol=0, rtol=1e-6)
 
 
-@pytest.mark.parametrize("preset", [PAPER_SDAC, PAPER_DPMD], ids=["SDAC", "DPMD"])
-def test_presets_are_complete(preset: dict[str, Any]) -> None:
-    """The paper's activation is in the preset; its other networks and its optimizer are what the policy has by default."""
-    model = SDAC("MlpPolicy", "Pendulum-v1", buffer_size=10, **preset)
-    assert preset["policy_kwargs"] == {"activation_fn": nn.Mish}
+@pytest.mark.parametrize(("algorithm", "preset"), [(SDAC, PAPER_SDAC), (DPMD, PAPER_DPMD)])
+def test_presets_are_complete(algorithm: type[SDAC], preset: dict[str, Any]) -> None:
+    """Whatever a default becomes, they stay the paper's; its networks and its optimizer are what the policy has by default."""
+    model = algorithm("MlpPolicy", "Pendulum-v1", buffer_size=10, **preset)
     assert (model.policy.net_arch, model.policy.n_critics, model.policy.activation_fn) == ([256] * 3, 2, nn.Mish)
     assert model.policy.optimizer_class is th.optim.Adam and not model.policy.optimizer_kwargs
     for rest in (model.actor.noise_predictor.time_mlp, model.actor.noise_predictor.rest, model.critic.q_networks.rest):
         activations = [module for module in rest if not isinstance(module, (nn.Linear, EnsembleLinear))]
         assert activations and all(type(module) is Mish for module in activations)
     # The user's own: what does not change the algorithm, mixed_precision among it
-    own = {
-        "policy",
-        "env",
-        "buffer_size",
-        "stats_window_size",
-        "tensorboard_log",
-        "verbose",
-        "seed",
-        "device",
-    }
-    own |= {
-        "action_noise",
-        "replay_buffer_class",
-        "replay_buffer_kwargs",
-        "optimize_memory_usage",
-        "use_sde",
-        "sde_sample_freq",
-    }
-    own |= {"compile", "mixed_precision", "target_ess"}
-    assert set(inspect.signature(SDAC).parameters) - own - {"_init_setup_model"} == set(preset)
+    own = {"policy", "env", "buffer_size", "stats_window_size", "tensorboard_log", "verbose", "seed", "device"}
+    own |= {"action_noise", "replay_buffer_class", "replay_buffer_kwargs", "optimize_memory_usage"}
+    own |= {"compile", "mixed_precision", "target_ess", "_init_setup_model", "unknown"}
+    assert algorithm._constructor_arguments() - own == set(preset)
+    # Of the networks what Pendulum needs no other one of; max_value is that of distributions, which there are none of
+    own = {"net_arch", "n_critics", "optimizer_class", "optimizer_kwargs", "share_features_extractor", "max_value"}
+    own |= {"features_extractor_class", "features_extractor_kwargs", "normalize_images"}
+    names = set(inspect.signature(DiffusionPolicy).parameters) - {"observation_space", "action_space", "lr_schedule"}
+    assert names - own == set(preset["policy_kwargs"])

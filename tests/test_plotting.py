@@ -307,3 +307,9 @@ def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
     with pytest.raises(ModuleNotFoundError, match=r'pip install "sb3_sdac\[plots\]"'):
         importlib.reload(plotting)
+
+
+def test_callback_without_tensorboard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(ModuleNotFoundError, match=r'PlotCallback needs tensorboard, .*pip install "sb3_sdac\[plots\]"'):
+        PlotCallback(OBS, 10)

@@ -17,8 +17,7 @@ from stable_baselines3.common.utils import ConstantSchedule
 from torch import nn
 
 from sb3_sdac import CnnPolicy, DiffusionPolicy, MultiInputPolicy
-from sb3_sdac.mish import Mish
-from sb3_sdac.networks import EnsembleLinear
+from sb3_sdac.layers import EnsembleLinear, Mish
 from sb3_sdac.policies import Actor, Critic
 
 OBSERVATIONS = spaces.Box(-1, 1, (3,), np.float32)

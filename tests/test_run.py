@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from logged import logged
+from helpers.logged import logged
 from stable_baselines3 import SAC
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
@@ -19,13 +19,10 @@ from stable_baselines3.common.envs import FakeImageEnv, SimpleMultiObsEnv
 from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise
 from stable_baselines3.common.utils import LinearSchedule
 
-from sb3_sdac import PAPER_DPMD, PAPER_SDAC, SDAC
+from sb3_sdac import DPMD, PAPER_DPMD, PAPER_SDAC, SDAC
 
+SMALL_POLICY: dict[str, Any] = {"net_arch": [16], "n_diffusion_steps": 5, "n_sampling_steps": 2, "n_particles": 2}
 SMALL: dict[str, Any] = {
-    "n_diffusion_steps": 5,
-    "n_sampling_steps": 2,
-    "n_particles": 2,
-    "n_reverse_samples": 8,
     "batch_size": 8,
     "buffer_size": 200,
     "learning_starts": 20,
@@ -34,12 +31,11 @@ SMALL: dict[str, Any] = {
 }
 LOGGED = {"critic_loss", "q_value", "ent_coef", "actor_loss", "reverse_ess"}
 LOGGED |= {"learning_rate", "qf_learning_rate", "n_updates"}
-LOGGED_IF_AUTO = {"reward_scale", "pessimism"}
 
 
 def make_model(env: gym.Env | str | Any = "Pendulum-v1", policy: str = "MlpPolicy", **kwargs: Any) -> SDAC:
-    policy_kwargs = {"net_arch": [16], **kwargs.pop("policy_kwargs", {})}
-    return SDAC(policy, env, policy_kwargs=policy_kwargs, **{**SMALL, **kwargs})
+    policy_kwargs = {**SMALL_POLICY, **kwargs.pop("policy_kwargs", {})}
+    return SDAC(policy, env, policy_kwargs=policy_kwargs, **{**SMALL, "n_reverse_samples": 8, **kwargs})
 
 
 def snapshot(model: SDAC) -> dict[str, th.Tensor]:
@@ -54,16 +50,17 @@ def check_learning(model: SDAC, n_steps: int = 30, n_updates: int | None = None)
     assert model._n_updates == (n_steps - model.learning_starts if n_updates is None else n_updates)
     after = snapshot(model)
     parts = ["actor.noise_predictor.rest", "critic.q_networks.rest"]
-    for part in parts if model.batch_norm else [*parts, "critic_target.q_networks.rest"]:
+    for part in parts if model.policy.batch_norm else [*parts, "critic_target.q_networks.rest"]:
         names = [name for name in after if name.startswith(part)]
         assert names and all(not th.equal(after[name], before[name]) for name in names), part
     assert all(th.isfinite(value).all() for value in after.values())
     log = logged(model)
-    expected = LOGGED | {name for name in LOGGED_IF_AUTO if getattr(model, name) == "auto"}
-    assert set(log) == expected | ({"targets_out_of_range"} if model.n_bins > 1 else set())
+    expected = LOGGED | ({"reward_scale"} if model.reward_scale == "auto" else set())
+    expected |= {"pessimism"} if model.policy.pessimism == "auto" else set()
+    assert set(log) == expected | ({"targets_out_of_range"} if model.policy.n_bins > 1 else set())
     assert all(np.isfinite(value) for value in log.values())
     assert log["n_updates"] == model._n_updates
-    most = model.batch_size if model.score_matching == "mirror_descent" else model.n_reverse_samples
+    most = model.batch_size if isinstance(model, DPMD) else model.n_reverse_samples
     assert 1 <= log["reverse_ess"] <= most
     assert log["ent_coef"] > 0
     return log
@@ -84,12 +81,17 @@ class DiscreteObsEnv(gym.Env):
         return state, float(action[0]), state == 0, False, {}
 
 
-@pytest.mark.parametrize("score_matching", ["reverse_sampling", "gradient_assisted", "mirror_descent"])
-@pytest.mark.parametrize("anchor", ["next", "current"])
+@pytest.mark.parametrize("score_matching", ["reverse_sampling", "gradient_assisted"])
+@pytest.mark.parametrize("noised_actions", ["next", "current"])
 @pytest.mark.parametrize("proposal", ["truncated_normal", "clipped_normal"])
-def test_score_matching(score_matching: str, anchor: str, proposal: str) -> None:
-    ent_coef = 1.0 if score_matching == "mirror_descent" else "auto"
-    check_learning(make_model(score_matching=score_matching, anchor=anchor, proposal=proposal, ent_coef=ent_coef))
+def test_score_matching(score_matching: str, noised_actions: str, proposal: str) -> None:
+    check_learning(make_model(score_matching=score_matching, noised_actions=noised_actions, proposal=proposal))
+
+
+@pytest.mark.parametrize("critic_steps", [1, 2])
+def test_mirror_descent(critic_steps: int) -> None:
+    model = DPMD("MlpPolicy", "Pendulum-v1", ent_coef=1.0, critic_steps=critic_steps, policy_kwargs=SMALL_POLICY, **SMALL)
+    check_learning(model)
 
 
 @pytest.mark.parametrize("ent_coef, lowest, highest", [(0.3, 0.3, 0.3), ("paper", 4.9, 5), ("paper_1.5", 4.9, 5)])
@@ -101,7 +103,7 @@ def test_ent_coef_not_from_data(ent_coef: float | str, lowest: float, highest: f
 def test_ent_coef_from_data() -> None:
     """A start of 1000 is far from the solution for a fresh critic, and left slowly; without one, the first batch decides."""
     assert 900 > check_learning(make_model(ent_coef="auto_1000"))["ent_coef"] > 10
-    cold: dict[str, Any] = {"target_ess": 0.2, "n_steps": 1, "beta_schedule": "linear"}
+    cold: dict[str, Any] = {"target_ess": 0.2, "n_steps": 1, "policy_kwargs": {"beta_schedule": "linear"}}
     assert check_learning(make_model(ent_coef="auto", **cold))["ent_coef"] < 0.1
 
 
@@ -111,19 +113,19 @@ def test_ent_coef_from_data() -> None:
         {"policy_kwargs": {"n_critics": 1}},
         {"policy_kwargs": {"n_critics": 3, "share_features_extractor": True}},
         {"policy_kwargs": {"optimizer_class": th.optim.AdamW, "activation_fn": th.nn.ReLU}},
-        {"n_particles": 1},
-        {"n_particles": 1, "n_target_particles": 3},
-        {"n_particles": 3, "n_target_particles": 1},
-        {"average_actor": True, "eta": 1.0, "clip_target_actions": False},
-        {"beta_schedule": "cosine", "exploration_noise": 0.0},
-        {"beta_schedule": "vp", "scale_noise_by_ent_coef": True},
-        {"n_diffusion_steps": 1, "n_sampling_steps": 1},
-        {"batch_norm": False},
-        {"pessimism": 1.0},
-        {"n_bins": 21},
+        {"policy_kwargs": {"n_particles": 1}},
+        {"policy_kwargs": {"n_particles": 1, "n_train_particles": 3}},
+        {"policy_kwargs": {"n_particles": 3, "n_train_particles": None}},
+        {"policy_kwargs": {"average_actor": True, "eta": 1.0}, "clip_target_actions": False},
+        {"policy_kwargs": {"beta_schedule": "cosine", "exploration_noise": 0.0}},
+        {"policy_kwargs": {"beta_schedule": "vp", "scale_noise_by_ent_coef": True}},
+        {"policy_kwargs": {"n_diffusion_steps": 1, "n_sampling_steps": 1}},
+        {"policy_kwargs": {"batch_norm": False}},
+        {"policy_kwargs": {"pessimism": 1.0}},
+        {"policy_kwargs": {"n_bins": 21}},
         {"mixed_precision": True},
         {"mixed_precision": False},
-        {"critic_steps": 2, "target_update_interval": 2, "policy_delay": 1, "reward_scale": 1.0},
+        {"target_update_interval": 2, "policy_delay": 1, "reward_scale": 1.0},
     ],
     ids=str,
 )
@@ -135,7 +137,7 @@ def test_options(kwargs: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("batch_norm", [True, False])
 def test_no_hidden_layers(batch_norm: bool) -> None:
-    model = make_model(policy_kwargs={"net_arch": []}, batch_norm=batch_norm)
+    model = make_model(policy_kwargs={"net_arch": [], "batch_norm": batch_norm})
     before = snapshot(model)
     model.learn(30)
     for name in ("actor.noise_predictor.first.weight", "critic.q_networks.first.weight"):
@@ -159,7 +161,7 @@ def test_train_freq_and_gradient_steps(train_freq: Any, gradient_steps: int, n_s
 
 
 def test_no_gradient_step_changes_nothing() -> None:
-    model = make_model(gradient_steps=0, average_actor=True, ent_coef="paper")
+    model = make_model(gradient_steps=0, ent_coef="paper", policy_kwargs={"average_actor": True})
     before = snapshot(model)
     model.learn(40)
     model.train(gradient_steps=0, batch_size=8)
@@ -306,13 +308,13 @@ def test_learn_continued() -> None:
     assert (model.num_timesteps, model._n_updates) == (30, 30)  # counted anew, with a warm-up anew
 
 
-@pytest.mark.parametrize("preset", [PAPER_SDAC, PAPER_DPMD], ids=["SDAC", "DPMD"])
-def test_paper_presets(preset: dict[str, Any]) -> None:
+@pytest.mark.parametrize("algorithm, preset", [(SDAC, PAPER_SDAC), (DPMD, PAPER_DPMD)], ids=["SDAC", "DPMD"])
+def test_paper_presets(algorithm: type[SDAC], preset: dict[str, Any]) -> None:
     """As they are, but for a short warm-up and small sizes; with five environments and one update per vector step."""
     env = make_vec_env("Pendulum-v1", n_envs=5)
     policy_kwargs = {**preset["policy_kwargs"], "net_arch": [16]}
     small = {"learning_starts": 20, "buffer_size": 100, "batch_size": 8, "seed": 0, "policy_kwargs": policy_kwargs}
-    model = SDAC("MlpPolicy", env, **{**preset, **small})
+    model = algorithm("MlpPolicy", env, **{**preset, **small})
     model.learn(35, log_interval=10_000)
     assert model._n_updates == 3
     log = logged(model)

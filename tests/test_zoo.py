@@ -21,11 +21,11 @@ import numpy as np
 import pytest
 import torch as th
 import yaml
-from hub_standin import Hub
+from helpers.hub_standin import Hub
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_sdac import PAPER_DPMD, PAPER_SDAC, SDAC, zoo
+from sb3_sdac import DPMD, PAPER_DPMD, PAPER_SDAC, SDAC, zoo
 from sb3_sdac.checkpoint import load_checkpoint
 
 rl_zoo3 = pytest.importorskip("rl_zoo3", reason='needs pip install ".[zoo]"')
@@ -41,11 +41,17 @@ OTHERS = ["Pendulum-v1", "MountainCarContinuous-v0", "LunarLanderContinuous-v3",
 CONFIGS = {
     "sdac.yml": {"default", *OTHERS, *MUJOCO},
     "sdac_paper.yml": {"default", "Pendulum-v1", *MUJOCO},
+    "dpmd.yml": {"default", "Pendulum-v1"},
     "dpmd_paper.yml": {"default", "Pendulum-v1", *MUJOCO},
 }
 #: What the entries hold besides arguments of the constructor
 ZOO_KEYS = {"n_timesteps", "n_envs"}
-DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(SDAC).parameters.items()}
+ALGORITHMS = {"sdac": SDAC, "dpmd": DPMD}
+DEFAULTS: dict[type[SDAC], dict[str, Any]] = {}
+for _algorithm in ALGORITHMS.values():  # DPMD hands SDAC's on
+    _parameters = dict(inspect.signature(SDAC).parameters) | dict(inspect.signature(_algorithm).parameters)
+    _names = _algorithm._constructor_arguments()
+    DEFAULTS[_algorithm] = {name: _parameters[name].default for name in _parameters if name in _names}
 PENDULUM = ["--algo", "sdac", "--env", "Pendulum-v1"]
 SMALL = ["-params", "learning_starts:100", "batch_size:16", "policy_kwargs:dict(net_arch=[16])"]
 TRAIN = [*PENDULUM, "-n", "150", "--num-threads", "1", "--eval-freq", "100", "--eval-episodes", "1", *SMALL]
@@ -54,6 +60,10 @@ ENJOY = [*PENDULUM, "-f", "logs", "--no-render", "-n", "200"]
 
 def load(config: str) -> dict[str, dict]:
     return yaml.safe_load((zoo.HYPERPARAMS / config).read_text(encoding="utf-8"))
+
+
+def algorithm_of(config: str) -> type[SDAC]:
+    return ALGORITHMS[re.split(r"[_.]", config)[0]]
 
 
 def arguments_of(entry: dict) -> dict:
@@ -104,7 +114,7 @@ def test_config_has_its_entries(config):
     assert entries.keys() == CONFIGS[config]
     assert entries.keys() - {"default"} <= gym.registry.keys()
     for entry in entries.values():
-        assert {"policy", "n_timesteps"} <= entry.keys() <= DEFAULTS.keys() | ZOO_KEYS
+        assert {"policy", "n_timesteps"} <= entry.keys() <= DEFAULTS[algorithm_of(config)].keys() | ZOO_KEYS
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -114,16 +124,17 @@ def test_config_labels_its_entries(config):
     assert [line for line in keys if not re.search(r" # (tuned|from the paper|untuned)$", line)] == []
 
 
-def test_config_states_differences_only():
-    for env_id, entry in load("sdac.yml").items():
-        same = [key for key in entry.keys() - ZOO_KEYS if entry[key] == DEFAULTS[key]]
+@pytest.mark.parametrize("config", ["sdac.yml", "dpmd.yml"])
+def test_config_states_differences_only(config):
+    for env_id, entry in load(config).items():
+        same = [key for key in entry.keys() - ZOO_KEYS if entry[key] == DEFAULTS[algorithm_of(config)][key]]
         assert same == [], f"{env_id} repeats defaults of the constructor"
 
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_config_is_accepted_by_the_constructor(config):
     for entry in {str(entry): entry for entry in load(config).values()}.values():
-        SDAC(env="Pendulum-v1", **arguments_of(entry))
+        algorithm_of(config)(env="Pendulum-v1", **arguments_of(entry))
 
 
 @pytest.mark.parametrize("config, preset", [("sdac_paper.yml", PAPER_SDAC), ("dpmd_paper.yml", PAPER_DPMD)])
@@ -134,7 +145,8 @@ def test_paper_config_is_the_paper_preset(config, preset):
         arguments = arguments_of(entries[env_id])
         assert arguments.pop("policy") == "MlpPolicy"
         arguments["actor_lr_decay"] = tuple(arguments["actor_lr_decay"])
-        assert DEFAULTS | arguments == DEFAULTS | preset, env_id
+        defaults = DEFAULTS[algorithm_of(config)]
+        assert defaults | arguments == defaults | preset, env_id
         assert "policy_kwargs" in arguments and "mixed_precision" not in arguments
 
 
@@ -147,8 +159,9 @@ def test_register_is_idempotent():
 
     read_hyperparameters = exp_manager.ExperimentManager.read_hyperparameters
     zoo.register()
-    assert rl_zoo3.ALGOS["sdac"] is SDAC
+    assert ALGORITHMS.items() <= rl_zoo3.ALGOS.items()
     assert hyperparams_opt.HYPERPARAMS_SAMPLER["sdac"] is zoo.sample_sdac_params
+    assert hyperparams_opt.HYPERPARAMS_SAMPLER["dpmd"] is zoo.sample_dpmd_params
     assert exp_manager.ExperimentManager.read_hyperparameters is read_hyperparameters
 
 
@@ -167,11 +180,12 @@ def test_register_with_incomplete_rl_zoo3(monkeypatch):
         zoo.register()
 
 
-def test_default_config(manager):
-    experiment = manager()
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_default_config(manager, algo):
+    experiment = manager(algo)
     parameters, _ = experiment.read_hyperparameters()
-    assert parameters == load("sdac.yml")["Pendulum-v1"]
-    assert Path(experiment.config) == zoo.HYPERPARAMS / "sdac.yml"
+    assert parameters == load(f"{algo}.yml")["Pendulum-v1"]
+    assert Path(experiment.config) == zoo.HYPERPARAMS / f"{algo}.yml"
 
 
 def test_default_config_with_a_checkout_of_rl_zoo3(manager):
@@ -182,11 +196,12 @@ def test_default_config_with_a_checkout_of_rl_zoo3(manager):
     assert parameters == load("sdac.yml")["Pendulum-v1"]
 
 
-def test_embedded_config_by_name(manager):
-    experiment = manager(config="sdac_paper.yml")
+@pytest.mark.parametrize("algo, preset", [("sdac", PAPER_SDAC), ("dpmd", PAPER_DPMD)])
+def test_embedded_config_by_name(manager, algo, preset):
+    experiment = manager(algo, config=f"{algo}_paper.yml")
     parameters, _ = experiment.read_hyperparameters()
-    assert parameters == load("sdac_paper.yml")["Pendulum-v1"]
-    assert experiment._preprocess_hyperparams(parameters)[0]["policy_kwargs"] == PAPER_SDAC["policy_kwargs"]
+    assert parameters == load(f"{algo}_paper.yml")["Pendulum-v1"]
+    assert experiment._preprocess_hyperparams(parameters)[0]["policy_kwargs"] == preset["policy_kwargs"]
 
 
 def test_own_config_comes_first(manager):
@@ -210,23 +225,31 @@ def test_other_algorithms_keep_their_config(manager):
 # === The search space ===
 
 
+@pytest.mark.parametrize("algo", ALGORITHMS)
 @pytest.mark.parametrize("her_kwargs", [None, {"copy_info_dict": True}], ids=["plain", "HER"])
-def test_search_space(her_kwargs):
+def test_search_space(her_kwargs, algo):
+    hyperparams_opt = importlib.import_module("rl_zoo3.hyperparams_opt")
+    zoo.register()
+    sample, convert = hyperparams_opt.HYPERPARAMS_SAMPLER[algo], hyperparams_opt.HYPERPARAMS_CONVERTER[algo]
     optuna = importlib.import_module("optuna")
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     for _ in range(5):
         trial = study.ask()
         additional_args = {"using_her_replay_buffer": her_kwargs is not None, "her_kwargs": her_kwargs or {}}
-        sampled = zoo.sample_sdac_params(trial, 1, 1, additional_args)
-        loaded = zoo.convert_sdac_params(trial.params)  # as rl_zoo3.train --trial-id does
+        sampled = sample(trial, 1, 1, additional_args)
+        loaded = convert(trial.params)  # as rl_zoo3.train --trial-id does
         assert trial.user_attrs == {"gamma": sampled["gamma"], "batch_size": sampled["batch_size"]}
         if her_kwargs is not None:
             assert sampled.pop("replay_buffer_kwargs") == her_kwargs | loaded.pop("replay_buffer_kwargs")
         assert loaded == sampled
-        SDAC("MlpPolicy", "Pendulum-v1", **sampled)
+        policy = ALGORITHMS[algo]("MlpPolicy", "Pendulum-v1", **sampled).policy
+        searched = {"n_train_particles", "n_sampling_steps", "exploration_noise"}
+        assert {name: getattr(policy, name) for name in searched} == {name: trial.params[name] for name in searched}
+    if algo != "sdac":
+        return
     # The corner that the constructor might refuse
     fixed = optuna.trial.FixedTrial({**trial.params, "target_ess": 0.3, "n_reverse_samples": 4})
-    corner = zoo.sample_sdac_params(fixed, 1, 1, additional_args)
+    corner = sample(fixed, 1, 1, additional_args)
     corner.pop("replay_buffer_kwargs", None)  # of a buffer that Pendulum-v1 cannot have
     SDAC("MlpPolicy", "Pendulum-v1", **corner)
 
@@ -264,7 +287,7 @@ def test_hook_is_silent_without_the_package(monkeypatch):
     hook.register(ModuleType("rl_zoo3.utils"))
 
 
-# === Mends of rl_zoo3 ===
+# === Patches of rl_zoo3 ===
 
 
 def test_benchmark_finds_enjoy(tmp_path, monkeypatch):
@@ -281,9 +304,9 @@ def test_benchmark_finds_enjoy(tmp_path, monkeypatch):
     assert calls == [[*ours, "enjoy", "--algo", "sdac"], [*ours, "record_video", "--algo", "sdac"], ["python", "enjoy.py"]]
 
 
-def test_hub_mends_touch_nothing_else(tmp_path):
-    zoo.mend_hub()
-    zoo.mend_hub()
+def test_hub_patches_touch_nothing_else(tmp_path):
+    zoo.patch_hub()
+    zoo.patch_hub()
     hub = importlib.import_module("huggingface_sb3.push_to_hub")
     assert "Pendulum-v1" in hub.generate_metadata("SDAC", "Pendulum-v1", -150.0, 10.0)["tags"]
     (tmp_path / "README.md").write_text("# **SAC** Agent playing **Pendulum-v1**\npip install rl_zoo3", encoding="utf-8")
@@ -293,23 +316,28 @@ def test_hub_mends_touch_nothing_else(tmp_path):
     assert "mine" in (tmp_path / "new.md").read_text(encoding="utf-8")
 
 
-def test_card_names_the_file_that_was_pushed(tmp_path):
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_card_names_the_file_that_was_pushed(tmp_path, algo):
     """Of an environment with a slash, as rl_zoo3 names it."""
-    card = "# **SDAC** Agent playing **dm_control/cheetah-run-v0**\n-orga someone\n## Usage (with SB3 RL Zoo)"
+    name = ALGORITHMS[algo].__name__
+    card = f"# **{name}** Agent playing **dm_control/cheetah-run-v0**\n-orga someone\n## Usage (with SB3 RL Zoo)"
     (tmp_path / "README.md").write_text(card, encoding="utf-8")
     zoo.add_usage(tmp_path / "README.md")
-    assert '"sdac-dm_control-cheetah-run-v0.zip"' in (tmp_path / "README.md").read_text(encoding="utf-8")
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert f'"{algo}-dm_control-cheetah-run-v0.zip"' in card and f"model = {name}.load(" in card
 
 
 # === The commands ===
 
 
-def test_train_and_enjoy_in_this_process(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_train_and_enjoy_in_this_process(tmp_path, monkeypatch, capsys, algo):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["zoo", "train", *TRAIN])
+    train, enjoy = ([algo if argument == "sdac" else argument for argument in command] for command in (TRAIN, ENJOY))
+    monkeypatch.setattr(sys, "argv", ["zoo", "train", *train])
     zoo.main()
-    assert Path("logs/sdac/Pendulum-v1_1/Pendulum-v1.zip").is_file()
-    monkeypatch.setattr(sys, "argv", ["zoo", "enjoy", *ENJOY])
+    assert Path(f"logs/{algo}/Pendulum-v1_1/Pendulum-v1.zip").is_file()
+    monkeypatch.setattr(sys, "argv", ["zoo", "enjoy", *enjoy])
     zoo.main()
     assert "Mean reward" in capsys.readouterr().out
 
@@ -322,7 +350,7 @@ def test_unknown_command(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("command", ["benchmark", "record_training"])
-def test_commands_that_start_others_are_mended(command, monkeypatch):
+def test_commands_that_start_others_are_patched(command, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["zoo", command, "--help"])
     monkeypatch.setattr(subprocess, "call", subprocess.call)  # to be restored
     with pytest.raises(SystemExit):

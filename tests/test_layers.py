@@ -1,10 +1,23 @@
-"""The norm of the actor's features: limited by statistics that training moves and acting leaves alone."""
+"""Layers: the limit on the features' norm, and our Mish is PyTorch's."""
 
 import pytest
 import torch as th
 from helpers.models import make_model
+from torch import nn
 
-from sb3_sdac.normalisation import MAX_FEATURE_NORM, NormLimit
+from sb3_sdac.layers import MAX_FEATURE_NORM, Mish, NormLimit, limiting_scale
+
+
+def test_mish_is_mish() -> None:
+    """Value and gradient, also where exp(x) or its square overflow."""
+    x = th.cat([th.linspace(-30, 30, 2001), th.tensor([-200.0, -90.0, 45.0, 88.0, 89.0, 1e4])])
+    results = []
+    for function, argument in ((Mish(), x.clone()), (nn.Mish(), x.double())):
+        argument.requires_grad_()
+        value = function(argument)
+        (gradient,) = th.autograd.grad(value.sum(), argument)
+        results.append((value.detach().double(), gradient.double()))
+    th.testing.assert_close(results[0], results[1], rtol=1e-6, atol=3e-6)
 
 
 @pytest.mark.parametrize("batch_norm", [True, False])
@@ -52,3 +65,31 @@ def test_nothing_is_learned_and_nothing_has_a_gradient_but_the_features() -> Non
     norm(features).sum().backward()
     assert not list(norm.parameters()) and features.grad is not None
     assert not any(value.requires_grad for value in norm.buffers())
+
+
+@pytest.mark.parametrize(
+    "stds, scales",
+    [
+        ([3.0, 4.0], [1.0, 1.0]),
+        ([100.0, 100.0], [200**0.5 / 100] * 2),
+        ([1.0, 1.0, 50.0], [1.0, 1.0, 398**0.5 / 50]),  # any power of 1 is 1, so the others have the rest of 400
+        ([1e-3] * 900, [1.0] * 900),
+        ([1.0] * 900, [20 / 30] * 900),  # no power of 1 helps
+        ([50.0] * 900, [20 / 30 / 50] * 900),
+    ],
+    ids=["below", "equal", "units", "many small", "many units", "many"],
+)
+def test_limiting_scale(stds: list[float], scales: list[float]) -> None:
+    """Worked out by hand for a norm of 20."""
+    th.testing.assert_close(limiting_scale(th.tensor(stds), 20.0), th.tensor(scales), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("spread", [0.5, 2.0])
+def test_limiting_scale_is_a_power(spread: float) -> None:
+    """Those of 300 features as they may come: one power for all, between 0 and 1, and the norm is the largest allowed."""
+    stds = 30 * (spread * th.rand(300)).exp()
+    scales = limiting_scale(stds, 20.0)
+    powers = -scales.log() / stds.log()
+    th.testing.assert_close(powers, powers[:1].expand(300), rtol=1e-4, atol=0)
+    assert 0 < powers[0] < 1
+    assert (stds * scales).norm().item() == pytest.approx(20, rel=1e-4)
