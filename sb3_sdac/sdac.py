@@ -558,6 +558,8 @@ def check_arguments(model: SDAC) -> None:
             "This model was saved by an sb3_sdac whose arguments had another layout: load it with the version that saved it, "
             "or train a new one"
         )
+    if "critic_steps" in vars(model) and "critic_steps" not in model.LIVE:
+        raise ValueError("This model was saved by DPMD: load it with sb3_sdac.DPMD.load")
     if not issubclass(model.policy_class, DiffusionPolicy):
         raise ValueError(
             "The policy of SDAC must be 'MlpPolicy', 'CnnPolicy', 'MultiInputPolicy' or a subclass of DiffusionPolicy, "

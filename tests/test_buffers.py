@@ -48,10 +48,7 @@ OBSERVATIONS: dict[str, spaces.Space] = {
     "multi_binary": spaces.MultiBinary(4),
 }
 SMALL: dict[str, Any] = {
-    "policy_kwargs": {"net_arch": [16]},
-    "n_diffusion_steps": 5,
-    "n_sampling_steps": 2,
-    "n_particles": 2,
+    "policy_kwargs": {"net_arch": [16], "n_diffusion_steps": 5, "n_sampling_steps": 2, "n_particles": 2},
     "batch_size": 8,
     "buffer_size": 60,
     "learning_starts": 20,
@@ -448,7 +445,7 @@ def answer(monkeypatch: pytest.MonkeyPatch, fits: bool) -> list[int]:
         sizes.append(buffer_size)
         return fits and not isinstance(space, spaces.Dict)
 
-    monkeypatch.setattr(sdac, "fits_on_device", fits_on_device)
+    monkeypatch.setattr(buffers, "fits_on_device", fits_on_device)
     return sizes
 
 
@@ -597,7 +594,7 @@ def test_returns_end_where_environments_are_reset(
         ends = [n_rows] * 6 + [10] * 10
         assert next_counts == [min(count + 3, end) for count, end in zip(counts, ends, strict=True)]
         assert (batch.dones == 0).all()
-    assert not model.critic.terminates
+    assert not model.policy.seen_terminal
 
 
 def test_observations_stored_once_end_where_environments_are_reset() -> None:

@@ -23,7 +23,7 @@ def trained(seed: int, callback: BaseCallback | None = None, n_envs: int = 1, **
     names = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
     arrays = {name: getattr(buffer, name)[: buffer.pos] for name in names}
     parts = {**model.policy.state_dict(), **model.update.reward_statistics.state_dict()}
-    if isinstance(model, DPMD):
+    if kwargs.get("algorithm") is DPMD:
         parts.update(model.update.q_statistics.state_dict())
     return {**arrays, **{name: value.numpy() for name, value in parts.items()}}
 

@@ -122,7 +122,13 @@ def test_statistics_move_on_every_update() -> None:
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(MirrorDescentOptions)])
 def test_options(name: str) -> None:
     """What DPMD uses changes its update, and what it does not use does not."""
-    others = {"gamma": 0.9, "tau": 0.5, "clip_target_actions": False, "reward_scale": 0.7, "mixed_precision": True}
+    others: dict[str, Any] = {
+        "gamma": 0.9,
+        "tau": 0.5,
+        "clip_target_actions": False,
+        "reward_scale": 0.7,
+        "mixed_precision": True,
+    }
     others |= {"n_reverse_samples": 4, "score_matching": "reverse_sampling", "proposal": "clipped_normal"}
     others |= {"noised_actions": "current", "target_ess": 0.6, "temperature_rate": 0.1, "critic_steps": 1}
     results = []
@@ -164,7 +170,7 @@ def test_statistics_are_saved_and_loaded(tmp_path: Path) -> None:
     model = fill(make_model(algorithm=DPMD, policy_kwargs=PLAIN))
     model.train(5)
     model.save(tmp_path / "model.zip")
-    loaded = DPMD.load(tmp_path / "model.zip", env=model.get_env())
+    loaded: Any = DPMD.load(tmp_path / "model.zip", env=model.get_env())
     statistics, others = model.update.q_statistics, loaded.update.q_statistics
     assert statistics.mean.item() == others.mean.item() != 0 and statistics.std.item() == others.std.item() != 1
     loaded.set_logger(model.logger)
@@ -203,3 +209,9 @@ def test_the_papers_configuration() -> None:
     start = snapshot(model.policy)
     model.learn(30)
     assert changed(start, model.policy) and model._n_updates == 10
+
+
+def test_another_algorithm_loads_it(tmp_path: Path) -> None:
+    make_model(algorithm=DPMD, ent_coef=0.5).save(tmp_path / "dpmd.zip")
+    with pytest.raises(ValueError, match=r"saved by DPMD: load it with sb3_sdac\.DPMD\.load"):
+        SDAC.load(tmp_path / "dpmd.zip")

@@ -7,10 +7,14 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium.utils.env_checker import check_env
+from helpers.models import TINY_POLICY, make_model
 from stable_baselines3 import SAC
+
+from sb3_sdac import SDAC
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
+import film_strip
 import multigoal
 import toy_2d
 from multigoal import GOALS, MultiGoalEnv
@@ -111,3 +115,17 @@ def test_compared_models_have_the_same_networks_and_horizon() -> None:
     for model in models.values():
         model.learn(12)
         assert model._n_updates == 2
+
+
+def test_film_strip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many pictures as asked for, with the return up to each; the last one is the episode's."""
+    make_model(policy_kwargs=TINY_POLICY).save(tmp_path / "model.zip")
+    frames, returns = film_strip.film(SDAC.load(tmp_path / "model.zip"), "Pendulum-v1", seed=1)
+    assert len(frames) == len(returns) == 201 and returns[0] == 0 and (np.diff(returns) <= 0).all()
+    assert frames[0].shape == (500, 500, 3) and any((frame != frames[0]).any() for frame in frames)
+    titles = [axes.get_title() for axes in film_strip.draw(frames, returns, n_pictures=3, n_steps=10**9).axes]
+    assert titles == [f"step {step}\nreturn {returns[step]:.0f}" for step in (0, 100, 200)]
+    arguments = [str(tmp_path / "model.zip"), "Pendulum-v1", "--picture", str(tmp_path / "strip.png"), "--steps", "9"]
+    monkeypatch.setattr(sys, "argv", ["film_strip.py", *arguments])
+    film_strip.main()
+    assert (tmp_path / "strip.png").read_bytes().startswith(b"\x89PNG")

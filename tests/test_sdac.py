@@ -13,6 +13,7 @@ from helpers.logged import logged
 from helpers.models import make_model
 from helpers.reading import nothing_read_back
 from helpers.update_helpers import PLAIN, changed, fill, snapshot
+from stable_baselines3 import SAC
 from stable_baselines3.common.save_util import load_from_zip_file, save_to_zip_file
 from stable_baselines3.common.utils import LinearSchedule
 
@@ -273,6 +274,16 @@ def test_every_option_of_the_update_is_an_argument() -> None:
     """But for the two that are derived."""
     names = set(UpdateOptions.__dataclass_fields__) - {"temperature_rate"}
     assert names <= set(inspect.signature(SDAC).parameters) & SDAC.LIVE
+
+
+def test_policy_arguments_shared_with_sac() -> None:
+    """SAC writes use_sde=False into the dictionary that it is given; as it asks for nothing, SDAC takes that, too."""
+    policy_kwargs: dict[str, Any] = {"net_arch": [16]}
+    for algorithm in (SDAC, SAC, SDAC, DPMD):
+        algorithm("MlpPolicy", "Pendulum-v1", policy_kwargs=policy_kwargs, buffer_size=10)
+    assert policy_kwargs == {"net_arch": [16], "use_sde": False}
+    with pytest.raises(TypeError, match="use_sde"):
+        SDAC("MlpPolicy", "Pendulum-v1", policy_kwargs={"use_sde": True})
 
 
 # Mixed precision

@@ -183,7 +183,7 @@ def test_gradient_assisted_loss_by_hand(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(th, "randint", lambda *args, **kwargs: th.as_tensor(t))
     monkeypatch.setattr(th, "randn_like", lambda *args, **kwargs: tensor(noise))
     proposal = (lambda *args: (tensor(x_0), tensor(noises)), lambda *args, **kwargs: None)
-    monkeypatch.setitem(sm.PROPOSALS, "by hand", proposal)  # type: ignore[arg-type]
+    monkeypatch.setitem(sm.PROPOSALS, "by hand", proposal)
     give_q(monkeypatch, update, lambda actions: -4 * (actions - 0.3).square().sum(-1))
     actor, diffusion = update.policy.actor, update.policy.actor.sampler.diffusion
     encoded_actor = actor.encode(data.observations)

@@ -46,7 +46,7 @@ CONFIGS = {
 }
 #: What the entries hold besides arguments of the constructor
 ZOO_KEYS = {"n_timesteps", "n_envs"}
-ALGORITHMS = {"sdac": SDAC, "dpmd": DPMD}
+ALGORITHMS: dict[str, type[SDAC]] = {"sdac": SDAC, "dpmd": DPMD}
 DEFAULTS: dict[type[SDAC], dict[str, Any]] = {}
 for _algorithm in ALGORITHMS.values():  # DPMD hands SDAC's on
     _parameters = dict(inspect.signature(SDAC).parameters) | dict(inspect.signature(_algorithm).parameters)
