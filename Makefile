@@ -1,5 +1,5 @@
 PYTHON ?= python
-SOURCES = setup.py sb3_sdac_zoo_hook.py sb3_sdac tests $(wildcard examples) $(wildcard benchmarks) $(wildcard docs/conf.py)
+SOURCES = setup.py sb3_sdac_zoo_hook.py sb3_sdac tests $(wildcard examples) $(wildcard benchmarks) $(wildcard docs/*.py)
 
 .PHONY: format lint type docs test test-fast sb3-tests commit-checks check
 

@@ -15,16 +15,13 @@ author = "sb3_sdac contributors"
 copyright = author
 release = version = (ROOT / "sb3_sdac" / "version.txt").read_text(encoding="utf-8").strip()
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.viewcode"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build"]
 suppress_warnings = ["misc.highlighting_failure"]
 
 # Anchors of headings, as GitHub makes them
 myst_heading_anchors = 4
-myst_enable_extensions = ["dollarmath", "attrs_inline"]
 
-# The classes that a reader makes, not what they inherit from SB3
-autodoc_default_options = {"members": True, "show-inheritance": True}
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 autodoc_preserve_defaults = True
