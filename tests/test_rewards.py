@@ -233,7 +233,7 @@ def test_other_rewards_are_named(reward: float) -> None:
 
 def test_learning_that_diverges_names_the_rewards() -> None:
     """The environment's actions and observations are not to blame."""
-    model = make_model(Scaled(lambda reward, count: -1e30), reward_scale=1.0).learn(60)
+    model = make_model(Scaled(lambda reward, count: -1e30), reward_scale=1e-30).learn(60)
     with th.no_grad():
         model.actor.noise_predictor.first.bias.fill_(th.nan)
     with pytest.raises(ValueError, match=r"largest reward in the replay buffer is 1e\+30 in size\. reward_scale='auto'"):
