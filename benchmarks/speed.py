@@ -12,11 +12,11 @@ with 5 environments and one update per step of all five. The first update's time
 of its own, which makes a model and one update: with ``compile=True`` once without and once with what the compiler keeps
 on disk. Where there are more than three cores, half of them run these processes side by side.
 
-Writes ``benchmarks/results/speed_<env>_<device>.json``, or with ``--sweep`` ``sweep_<env>_<device>.json``: update time against
-particles, candidates, steps, batch size, action dimension, and time per step against the number of environments, with the
-floor that the matrix products' arithmetic sets at the rate of a single large one.
+Writes an entry ``speed_<env>_<device>`` of ``benchmarks/results/speed.json``, or with ``--sweep`` ``sweep_<env>_<device>``:
+update time against particles, candidates, steps, batch size, action dimension, and time per step against the number of
+environments, with the floor that the matrix products' arithmetic sets at the rate of a single large one.
 
-    python benchmarks/speed.py --into docs/speed.md    # measures nothing: tables and pictures from all these files
+    python benchmarks/speed.py --into docs/speed.md    # measures nothing: tables and pictures from all these entries
 
 puts each table between the lines ``<!-- speed_<env>_<device> -->`` and ``<!-- /speed_<env>_<device> -->`` of the page, and the
 pictures of the sweeps into the folder ``images`` beside it.
@@ -52,6 +52,8 @@ from torch.profiler import ProfilerActivity, profile
 import sb3_sdac
 from sb3_sdac import PAPER_SDAC, SDAC
 
+#: What was measured, by name
+MEASURED = Path(__file__).parent / "results" / "speed.json"
 NETS = {"net_arch": [256, 256, 256]}
 ALGORITHMS: dict[str, Callable[..., OffPolicyAlgorithm]] = {
     "SAC": lambda env, **kwargs: SAC("MlpPolicy", env, policy_kwargs=NETS, **kwargs),
@@ -273,19 +275,18 @@ def draw_sweep(swept: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=80)
 
 
-def renew(folder: Path, page: Path) -> None:
+def renew(page: Path) -> None:
     """
-    :param folder: of the files
     :param page: takes a table of each, and their pictures into the folder ``images`` beside it
     """
     from pages import insert  # beside this script; --help does without
 
-    for path in sorted(folder.glob("speed_*.json")):
-        kept = json.loads(path.read_text(encoding="utf-8"))
+    for name, kept in json.loads(MEASURED.read_text(encoding="utf-8")).items():
+        if name.startswith("sweep"):
+            draw_sweep(kept, page.parent / "images" / f"{name}.png")
+            continue
         made_by = f"Made by\n`{kept['setting']['command']}`."
-        insert(f"{made_by}\n\n{table(kept['seconds'], kept['first_update'])}\n", path.stem, page)
-    for path in sorted(folder.glob("sweep_*.json")):
-        draw_sweep(json.loads(path.read_text(encoding="utf-8")), page.parent / "images" / f"{path.stem}.png")
+        insert(f"{made_by}\n\n{table(kept['seconds'], kept['first_update'])}\n", name, page)
 
 
 def sweep_point(argument: str, value: int, env_id: str, device: str, turns: int, rate: float) -> tuple[float, float]:
@@ -353,10 +354,8 @@ def main() -> None:
     th.set_num_threads(arguments.threads)
     for name in set(ALGORITHMS) - {"SAC", *arguments.only}:
         del ALGORITHMS[name]
-    folder = Path(__file__).parent / "results"
-    folder.mkdir(exist_ok=True)
     if arguments.into is not None:
-        renew(folder, arguments.into)
+        renew(arguments.into)
         return
     measured: dict[str, Any] = {"setting": describe(arguments)}
     if arguments.sweep:
@@ -369,8 +368,9 @@ def main() -> None:
         measured["seconds"] = measure(arguments.env, arguments.device, arguments.turns, arguments.updates)
         print(table(measured["seconds"], measured["first_update"]))
     threads = f"_{arguments.threads}_threads" if arguments.threads != 1 else ""
-    path = folder / f"{'sweep' if arguments.sweep else 'speed'}_{arguments.env}_{arguments.device}{threads}.json"
-    path.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+    name = f"{'sweep' if arguments.sweep else 'speed'}_{arguments.env}_{arguments.device}{threads}"
+    kept = json.loads(MEASURED.read_text(encoding="utf-8"))
+    MEASURED.write_text(json.dumps({**kept, name: measured}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from helpers.counting import CountingEnv
-from helpers.reading import nothing_read_back
+from helpers.envs import CountingEnv
+from helpers.watching import nothing_read_back
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch as th
-from helpers.logged import logged
 from helpers.models import make_model as make_tiny
+from helpers.watching import logged
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.utils import update_learning_rate

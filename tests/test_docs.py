@@ -16,8 +16,8 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from helpers.logged import logged
 from helpers.models import make_model
+from helpers.watching import logged
 
 import sb3_sdac
 from sb3_sdac import DPMD, SDAC, DiffusionPolicy, zoo

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch as th
-from helpers.logged import logged
 from helpers.models import make_model
 from helpers.update_helpers import OPTIONS, PLAIN, B, batch, changed, fill, make_policy, snapshot
+from helpers.watching import logged
 from stable_baselines3.common.type_aliases import PyTorchObs
 
 from sb3_sdac import DPMD, PAPER_DPMD, SDAC

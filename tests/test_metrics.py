@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch as th
-from helpers.logged import logged
 from helpers.models import make_model
 from helpers.update_helpers import fill
+from helpers.watching import logged
 from stable_baselines3.common.logger import configure
 
 from sb3_sdac.metrics import TrainingMetrics

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from helpers.counting import CountingEnv
-from helpers.faulty import UNIT_BOX, FaultyEnv
-from helpers.logged import logged
+from helpers.envs import UNIT_BOX, CountingEnv, FaultyEnv
 from helpers.models import all_of, make_model, observations
+from helpers.watching import logged
 from stable_baselines3 import PPO, SAC, TD3, HerReplayBuffer
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env

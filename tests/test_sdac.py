@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch as th
-from helpers.logged import logged
 from helpers.models import make_model
-from helpers.reading import nothing_read_back
 from helpers.update_helpers import PLAIN, changed, fill, snapshot
+from helpers.watching import logged, nothing_read_back
 from stable_baselines3 import SAC
 from stable_baselines3.common.save_util import load_from_zip_file, save_to_zip_file
 from stable_baselines3.common.utils import LinearSchedule

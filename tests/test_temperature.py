@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch as th
-from helpers.logged import logged
 from helpers.models import make_model
 from helpers.update_helpers import PLAIN, batch, fill, make_update, options, score_matching_loss
+from helpers.watching import logged
 from torch import nn
 
 from sb3_sdac import SDAC

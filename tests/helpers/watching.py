@@ -1,5 +1,6 @@
-"""Whether anything is read back from the device, which on a GPU would be waited for; noticed on a CPU, too."""
+"""What the log says of the training, and whether anything is read back from the device."""
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -7,6 +8,30 @@ from unittest.mock import patch
 
 import torch as th
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from sb3_sdac import SDAC
+
+
+def logged(model: SDAC) -> dict[str, float]:
+    """
+    Write the log now.
+
+    :param model: has a logger; it need not have learned in an environment
+    :return: what was written by the names after ``train/``, where metrics are means since the log before
+    """
+    if model.ep_info_buffer is None:  # SB3 makes both when `learn` begins
+        model.ep_info_buffer, model.ep_success_buffer = deque(), deque()
+    written: dict[str, float] = {}
+    dump = model.logger.dump
+
+    def keep(step: int = 0) -> None:
+        written.update(model.logger.name_to_value)
+        dump(step)
+
+    with patch.object(model.logger, "dump", keep):
+        model.dump_logs()
+    return {name.removeprefix("train/"): value for name, value in written.items() if name.startswith("train/")}
+
 
 #: Their result, or its shape, depends on numbers: PyTorch's item(), masks
 READING = {th.ops.aten._local_scalar_dense, th.ops.aten.nonzero, th.ops.aten.masked_select, th.ops.aten.is_nonzero}
