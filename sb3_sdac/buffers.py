@@ -67,8 +67,8 @@ class DeviceReplayBuffer(NStepReplayBuffer):
     next_observations: th.Tensor  # type: ignore[assignment]  # (R, n_envs, ...)
     actions: th.Tensor  # type: ignore[assignment]  # (R, n_envs, A)
     rewards: th.Tensor  # type: ignore[assignment]  # (R, n_envs), as are the next two, all float32
-    dones: th.Tensor  # type: ignore[assignment]
-    timeouts: th.Tensor  # type: ignore[assignment]
+    dones: th.Tensor
+    timeouts: th.Tensor
 
     def __init__(
         self,
@@ -325,7 +325,7 @@ def load_fitting(model: OffPolicyAlgorithm, path: Any, load: Callable[[Any], Non
     :raises ValueError: if the file is damaged or none of a replay buffer, or of other spaces or another number of environments
         than the model's; says what to do
     """
-    before = model.replay_buffer
+    before = getattr(model, "replay_buffer", None)  # somebody may have deleted it, to free its memory
     loaded: Any = None
     # SB3 would leave a file that it cannot read open
     file = open_path(path, "r", model.verbose, "pkl") if isinstance(path, (str, Path)) else path
@@ -336,7 +336,7 @@ def load_fitting(model: OffPolicyAlgorithm, path: Any, load: Callable[[Any], Non
         except (OSError, Warning):
             raise
         except Exception as error:  # a damaged pickle speaks through any type
-            if model.env is None and isinstance(model.replay_buffer, HerReplayBuffer):
+            if model.env is None and isinstance(getattr(model, "replay_buffer", None), HerReplayBuffer):
                 reason = "HerReplayBuffer needs the environment: call set_env(env) before"
             else:
                 reason = f"it is damaged, or of something else ({error!r})"

@@ -18,6 +18,10 @@ _TRANSFORM = "gymnasium.wrappers.TransformObservation(env, function, space) with
 _LEAST_PIXELS = 36
 
 
+class SpaceError(ValueError, AssertionError):
+    """A space or an order of wrappers that cannot work. Also what SB3 raises for a space, for code that expects that."""
+
+
 def check_spaces(env: gym.Env | VecEnv | Any) -> None:
     """
     Check an environment's spaces and the order of its wrappers, before and after SB3 has wrapped it.
@@ -41,19 +45,19 @@ def check_action_space(space: spaces.Space) -> None:
     :raises ValueError: unless it is a Box of float32 or float64, with at least one dimension and finite bounds, low < high
     """
     if not isinstance(space, spaces.Box):
-        raise ValueError(
+        raise SpaceError(
             f"The action space must be a Box, for a diffusion needs real numbers, but got {space}. Algorithms that support "
             "discrete actions are SB3's DQN and PPO; make one Box of several spaces with gymnasium.wrappers.TransformAction"
         )
     with np.errstate(over="ignore", invalid="ignore"):
         width = space.high - space.low
     if np.issubdtype(space.dtype, np.floating) and (not np.isfinite(width).all() or (width <= 0).any()):
-        raise ValueError(
+        raise SpaceError(
             f"The action space must be a floating-point Box with finite bounds, low < high, but got {space} with low "
             f"{space.low} and high {space.high}. Wrap the environment, for instance with gymnasium.wrappers.RescaleAction"
         )
     if space.dtype not in (np.float32, np.float64) or 0 in space.shape:
-        raise ValueError(
+        raise SpaceError(
             "The action space must be a floating-point Box, float32 or float64, with finite bounds and at least one number, "
             f"but got {space}. Wrap the environment, for instance with gymnasium.wrappers.TransformAction(env, lambda action: "
             f"action.astype({str(space.dtype)!r}), gymnasium.spaces.Box(low, high, dtype='float32'))"
@@ -69,7 +73,7 @@ def check_observation_space(space: spaces.Space) -> None:
         _check_simple("The observation space", space)
         return
     if not space.spaces:
-        raise ValueError(f"The observation space {space} has no keys: there is nothing to act on. Give it at least one")
+        raise SpaceError(f"The observation space {space} has no keys: there is nothing to act on. Give it at least one")
     for key, part in space.spaces.items():
         _check_simple(f"The observation space's part {key!r}", part)
 
@@ -93,7 +97,7 @@ def _check_simple(name: str, space: spaces.Space) -> None:
     elif isinstance(space, spaces.MultiDiscrete) and len(space.shape) > 1:
         fault = f"has the shape {space.shape}; a MultiDiscrete may have one axis"
     if fault:
-        raise ValueError(f"{name}, {space}, {fault}. Wrap the environment: {advice}")
+        raise SpaceError(f"{name}, {space}, {fault}. Wrap the environment: {advice}")
 
 
 def _check_wrappers(env: VecEnv) -> None:
@@ -106,7 +110,7 @@ def _check_wrappers(env: VecEnv) -> None:
     if normalize is None:
         return
     if isinstance(normalize.observation_space, spaces.Discrete):
-        raise ValueError(
+        raise SpaceError(
             f"VecNormalize has observations in {normalize.observation_space}, of which SB3 cannot take the last one of an "
             f"episode. Wrap the environment before VecNormalize: {_FLATTEN}"
         )
@@ -114,7 +118,7 @@ def _check_wrappers(env: VecEnv) -> None:
     if outside is None and normalize.observation_space == env.observation_space:
         return
     inside = "the wrapper" if outside is None else outside
-    raise ValueError(
+    raise SpaceError(
         f"{outside or 'A wrapper'} stands around VecNormalize and changes the observations, to {env.observation_space}, which "
         f"the replay buffer would not know of. Put {inside} inside: VecNormalize({inside}(env, ...), ...)"
         + (" (SB3 adds VecTransposeImage where images have their channels last)" if outside == "VecTransposeImage" else "")
@@ -144,22 +148,22 @@ def check_extractor(extractor_class: type, space: spaces.Space, normalize_images
     parts = dict(space.spaces) if isinstance(space, spaces.Dict) else {"": space}
     if extractor_class is CombinedExtractor:
         if not isinstance(space, spaces.Dict):
-            raise ValueError(
+            raise SpaceError(
                 f"MultiInputPolicy is for Dict observations, but got {space}: use MlpPolicy, or CnnPolicy for images"
             )
         images = {key: part for key, part in parts.items() if is_image_space(part, normalized_image=not normalize_images)}
     elif extractor_class is NatureCNN:
         if isinstance(space, spaces.Dict):
-            raise ValueError(f"CnnPolicy is for a single image, but got {space}: use MultiInputPolicy")
+            raise SpaceError(f"CnnPolicy is for a single image, but got {space}: use MultiInputPolicy")
         images = parts
     else:
         if isinstance(space, spaces.Dict) and (extractor_class.__module__ or "").startswith("stable_baselines3."):
-            raise ValueError(f"MlpPolicy is not for Dict observations, but got {space}: use MultiInputPolicy")
+            raise SpaceError(f"MlpPolicy is not for Dict observations, but got {space}: use MultiInputPolicy")
         return
     for key, image in images.items():
         fault = _fault_of_image(image, normalize_images, unwrap(env, VecNormalize) if env is not None else None)
         if fault:
-            raise ValueError(f"SB3's network for images, NatureCNN, cannot take {f'{key!r}: ' if key else ''}{image}. {fault}")
+            raise SpaceError(f"SB3's network for images, NatureCNN, cannot take {f'{key!r}: ' if key else ''}{image}. {fault}")
 
 
 def _fault_of_image(image: spaces.Space, normalize_images: bool, normalize: VecNormalize | None) -> str:
