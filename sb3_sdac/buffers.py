@@ -67,8 +67,8 @@ class DeviceReplayBuffer(NStepReplayBuffer):
     next_observations: th.Tensor  # type: ignore[assignment]  # (R, n_envs, ...)
     actions: th.Tensor  # type: ignore[assignment]  # (R, n_envs, A)
     rewards: th.Tensor  # type: ignore[assignment]  # (R, n_envs), as are the next two, all float32
-    dones: th.Tensor
-    timeouts: th.Tensor
+    dones: th.Tensor  # type: ignore[assignment]
+    timeouts: th.Tensor  # type: ignore[assignment]
 
     def __init__(
         self,
